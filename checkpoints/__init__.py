@@ -1,0 +1,1 @@
+"""Read, write, quantize, convert and verify checkpoints; imported as `qplugins.checkpoints`."""

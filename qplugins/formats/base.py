@@ -1,0 +1,173 @@
+"""A weight format, as data: which tensors a layer of it stores, and the way from a matrix to those tensors and back.
+
+    matrix --quantize--> QuantizedTensor --store--> {"weight_packed": ..., "weight_scale": ...}      what a checkpoint holds
+                         QuantizedTensor <--read---                                                  what a kernel starts from
+
+Names, dtypes and shapes are those of the compressed-tensors library, so that each side reads what the other wrote.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qplugins.kernels.linear.spec import SCALES, Spec
+from qplugins.kernels.quantized import QuantizedTensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class CheckpointError(ValueError):
+    """Something in a checkpoint is not as it has to be. The message names the tensor, what was expected and what was found."""
+
+
+class Described(Protocol):
+    """What is known of a tensor before it is read: a tensor has it, and so has its entry in a file's header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _cells(length: int, per: int | None) -> int:
+    return 1 if per is None else -(-length // per)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One tensor that a layer stores beside others.
+
+    dtype  what it must be; None for any 16- or 32-bit float
+    per    rows and columns of W that one element stands for, None for all of them: (1, 8) is eight columns an int32, (1, None) one
+           scale a row, (8, 128) eight rows' zero points in an int32, a column a group. None: the tensor does not follow W, see `size`.
+    size   its shape, where it does not follow W
+    optional  a layer may lack it, and nothing that runs here reads it
+    writes    the dtype that is written where `dtype` leaves a choice; None for the model's own
+    """
+
+    name: str
+    dtype: torch.dtype | None
+    per: tuple[int | None, int | None] | None
+    size: tuple[int, ...] = (1,)
+    optional: bool = False
+    writes: torch.dtype | None = None
+
+    def shape(self, n: int, k: int) -> tuple[int, ...]:
+        """The tensor's shape for a W of n rows and k columns."""
+        return self.size if self.per is None else (_cells(n, self.per[0]), _cells(k, self.per[1]))
+
+    def check(self, where: str, found_dtype: torch.dtype, found_shape: tuple[int, ...], n: int, k: int) -> None:
+        """Raises CheckpointError unless dtype and shape are right. `where` is the tensor's full name."""
+        want = (self.dtype,) if self.dtype is not None else FLOATS
+        if found_dtype not in want:
+            raise CheckpointError(f"{where}: expected {' or '.join(str(d) for d in want)}, found {found_dtype}")
+        shape = self.shape(n, k)
+        # a single number is stored as [1] by some writers and as [] by others
+        if tuple(found_shape) != shape and not (self.per is None and shape == (1,) and tuple(found_shape) == ()):
+            raise CheckpointError(f"{where}: expected shape {list(shape)} for a {n} x {k} weight, found {list(found_shape)}")
+
+    def slice(self, where: str, tensor: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+        """The part of a whole `tensor` that belongs to W[rows[0]:rows[1], columns[0]:columns[1]], as a view.
+
+        Raises CheckpointError when a boundary falls inside an element, as when a rank's columns are no whole number of groups.
+        """
+        if self.per is None:
+            return tensor
+        for dim, ((start, stop), per, what) in enumerate(zip((rows, columns), self.per, ("rows", "columns"), strict=True)):
+            if per is None:
+                continue
+            whole = stop == start + tensor.shape[dim] * per or (start == 0 and -(-stop // per) == tensor.shape[dim])
+            if start % per or (stop % per and not whole):
+                raise CheckpointError(
+                    f"{where}: {what} {start}..{stop} of this rank do not fall on multiples of {per}; use a tensor parallel size that "
+                    f"divides the {what} into multiples of {per}, or a format with smaller groups for this layer"
+                )
+            tensor = tensor.narrow(dim, start // per, _cells(stop, per) - start // per)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Format:
+    """name        what a layer map calls it: "nvfp4", "int4_g128"
+    params      the stored tensors, the codes first
+    scheme      its entry in a compressed-tensors config: {"format": ..., "weights": {...}, "input_activations": ... or None}
+    code        key of `kernels.decode.CODES`; None for a matrix that is not quantized
+    group_size  columns that share a scale; None where a row, or the matrix, has one
+    activation  what the layer's input becomes: None (left as it is), "token" (e4m3, a scale a token) or "tensor" (e4m3, one stored scale)
+    quantize    (W float [N, K], amax) -> QuantizedTensor. `amax` is the largest magnitude that a scale of the whole matrix must cover,
+                None for W's own; siblings of a fused layer share it. None for a format that is only read.
+    store, read  between a QuantizedTensor and the stored tensors; `read` takes them and (N, K)
+    """
+
+    name: str
+    params: tuple[Param, ...]
+    scheme: Mapping[str, Any] | None = field(repr=False, default=None)
+    code: str | None = None
+    group_size: int | None = None
+    activation: str | None = None
+    quantize: Callable[[Tensor, Tensor | None], QuantizedTensor] | None = field(repr=False, default=None)
+    store: Callable[[QuantizedTensor], dict[str, Tensor]] | None = field(repr=False, default=None)
+    read: Callable[[Mapping[str, Tensor], int, int], QuantizedTensor] | None = field(repr=False, default=None)
+
+    def __reduce__(self) -> tuple:
+        # engines send their configuration to other processes, where the format of that name is the same one
+        from qplugins.formats import get_format
+
+        return get_format, (self.name,)
+
+    @property
+    def quantized(self) -> bool:
+        return self.code is not None
+
+    @property
+    def shares_amax(self) -> bool:
+        """Whether one stored number scales the whole matrix. Engines keep one such number for a fused layer, so its parts have to agree."""
+        return any(p.per is None and p.name.startswith("weight") and not p.optional for p in self.params)
+
+    def infer_shape(self, tensors: Mapping[str, Described]) -> tuple[int, int] | None:
+        """(N, K) of a layer, from the tensor that holds its codes; None where that is missing or no matrix."""
+        codes = self.params[0]
+        if codes.name not in tensors or len(shape := tensors[codes.name].shape) != 2:
+            return None
+        return shape[0] * codes.per[0], shape[1] * codes.per[1]
+
+    def refuses(self, n: int, k: int) -> str | None:
+        """Why an n x k matrix cannot be stored in this format, as a sentence; None where it can."""
+        if self.group_size is not None and k % self.group_size:
+            return f"K = {k} is not a multiple of {self.group_size}, the group size of {self.name}"
+        for p in self.params:
+            if p.per is not None and p.per[1] is not None and k % p.per[1]:
+                return f"K = {k} is not a multiple of {p.per[1]}, which {p.name} of {self.name} packs together"
+        return None
+
+    def spec(self, n: int, k: int) -> Spec:
+        """What a kernel has to know of an n x k matrix in this format, for a bfloat16 model."""
+        if self.code is None:
+            return Spec(n, k)
+        dtype = next(p.dtype for p in self.params if p.name == "weight_scale")
+        scale = "f32" if self.code == "e4m3" else next(s for s, d in SCALES.items() if d == (dtype or torch.bfloat16))
+        zero_point = any(p.name == "weight_zero_point" for p in self.params)
+        return Spec(n, k, self.code, scale, None if self.group_size == k else self.group_size, zero_point, self.activation)
+
+    def nbytes(self, n: int, k: int, model_dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that an n x k matrix takes, scales and all."""
+        total = 0
+        for p in self.params:
+            if not p.optional:
+                shape = p.shape(n, k)
+                total += (p.dtype or p.writes or model_dtype).itemsize * torch.Size(shape).numel()
+        return total
+
+    def check(self, where: str, tensors: Mapping[str, Described], n: int, k: int) -> None:
+        """Raises CheckpointError unless `tensors` are those of an n x k layer called `where`. Shapes and dtypes only, no values."""
+        if reason := self.refuses(n, k):
+            raise CheckpointError(f"{where}: {reason}")
+        for p in self.params:
+            if p.name in tensors:
+                t = tensors[p.name]
+                p.check(f"{where}.{p.name}", t.dtype, tuple(t.shape), n, k)
+            elif not p.optional:
+                raise CheckpointError(
+                    f"{where}.{p.name}: missing; a layer in {self.name} has {', '.join(q.name for q in self.params if not q.optional)}"
+                )

@@ -1,0 +1,122 @@
+"""int4 and int8, weight-only: integers with a 16-bit scale a group or a row. compressed-tensors calls it "pack-quantized".
+
+    weight_packed      int32 [N, ceil(K * bits / 32)], offset binary, see packing.py
+    weight_scale       [N, K / group], the model's dtype; [N, 1] for one a row
+    weight_zero_point  int32 [ceil(N * bits / 32), K / group], asymmetric only: offset binary as the codes are, packed along N
+    weight_shape       int64 [2]: N, K
+
+"int-quantized" stores int8 plainly as `weight` with the same scales; its layers are read here as weight-only too.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from qplugins.formats.base import Format, Param
+from qplugins.formats.packing import pack_int32, unpack_int32
+from qplugins.formats.search import least_squares
+from qplugins.kernels.quantized import QuantizedTensor
+
+TINY = 2.0**-24  # of a group of zeros: float16's smallest, so that no scale is rounded to zero
+CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74, 0.68)  # shares of a group's range that are tried; one with few bits gains most
+
+
+def _quantize(w: Tensor, bits: int, group_size: int | None, symmetric: bool) -> QuantizedTensor:
+    half = 1 << (bits - 1)
+    dtype = w.dtype if w.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    clips = CLIPS if bits == 4 else CLIPS[:3]
+
+    def candidates(x: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        lo, hi = x.aminmax(dim=-1)
+        for clip in clips:
+            if symmetric:
+                # -half is one step further out than half - 1: either end may bound the scale
+                scale = torch.maximum(hi / (half - 1), -lo / half).mul(clip).clamp_min(TINY).to(dtype).to(torch.float32)
+                yield scale, torch.zeros_like(scale)
+            else:
+                scale = (hi.clamp_min(0) - lo.clamp_max(0)).mul(clip / (2 * half - 1)).clamp_min(TINY).to(dtype).to(torch.float32)
+                yield scale, (-half - lo.clamp_max(0) * clip / scale).round_().clamp_(-half, half - 1)
+
+    def encode(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (x / scale).round_().add_(zero + half).clamp_(0, 2 * half - 1).to(torch.uint8)
+
+    def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (codes.to(torch.float32) - (zero + half)) * scale
+
+    codes, scale, zero = least_squares(w, group_size or w.shape[1], candidates, encode, decode)
+    return QuantizedTensor(f"int{bits}", codes, scale.to(dtype), None if symmetric else zero.to(torch.int8))
+
+
+def _store(q: QuantizedTensor, bits: int) -> dict[str, Tensor]:
+    tensors = {
+        "weight_packed": pack_int32(q.codes, bits),
+        "weight_scale": q.scale,
+        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+    }
+    if q.zero_point is not None:
+        offset = (q.zero_point.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+        tensors["weight_zero_point"] = pack_int32(offset, bits, dim=0)
+    return tensors
+
+
+def _read(tensors: Mapping[str, Tensor], n: int, k: int, bits: int) -> QuantizedTensor:
+    zero = None
+    if "weight_zero_point" in tensors:
+        zero = (unpack_int32(tensors["weight_zero_point"], bits, n, dim=0).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return QuantizedTensor(f"int{bits}", unpack_int32(tensors["weight_packed"], bits, k), tensors["weight_scale"], zero)
+
+
+def _integer(bits: int, group_size: int | None, *, symmetric: bool = True) -> Format:
+    per_word = 32 // bits
+    params = [Param("weight_packed", torch.int32, (1, per_word)), Param("weight_scale", None, (1, group_size))]
+    if not symmetric:
+        params.append(Param("weight_zero_point", torch.int32, (per_word, group_size)))
+    # every reader can do without: K is known from the model
+    params.append(Param("weight_shape", torch.int64, None, size=(2,), optional=True))
+    weights: dict = {
+        "num_bits": bits,
+        "type": "int",
+        "strategy": "group" if group_size else "channel",
+        "symmetric": symmetric,
+        "dynamic": False,
+    }
+    if group_size:
+        weights["group_size"] = group_size
+    return Format(
+        f"int{bits}" + (f"_g{group_size}" if group_size else "_channel" if bits == 4 else "") + ("" if symmetric else "_asym"),
+        params=tuple(params),
+        scheme={"format": "pack-quantized", "weights": weights, "input_activations": None},
+        code=f"int{bits}",
+        group_size=group_size,
+        quantize=lambda w, amax=None: _quantize(w, bits, group_size, symmetric),
+        store=lambda q: _store(q, bits),
+        read=lambda tensors, n, k: _read(tensors, n, k, bits),
+    )
+
+
+def _read_plain(tensors: Mapping[str, Tensor], n: int, k: int) -> QuantizedTensor:
+    return QuantizedTensor(
+        "int8", (tensors["weight"].to(torch.int16) + 128).to(torch.uint8), tensors["weight_scale"].expand(n, -1).contiguous()
+    )
+
+
+def _store_plain(q: QuantizedTensor) -> dict[str, Tensor]:
+    return {"weight": (q.codes.to(torch.int16) - 128).to(torch.int8), "weight_scale": q.scale}
+
+
+INT4 = tuple(_integer(4, g, symmetric=s) for g in (32, 64, 128, None) for s in (True, False))
+INT8 = tuple(_integer(8, g) for g in (None, 128))
+INT8_PLAIN = Format(
+    "int8_plain",
+    params=(Param("weight", torch.int8, (1, 1)), Param("weight_scale", None, (1, None))),
+    scheme={
+        "format": "int-quantized",
+        "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
+        "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True},
+    },
+    code="int8",
+    quantize=lambda w, amax=None: _quantize(w, 8, None, True),
+    store=_store_plain,
+    read=_read_plain,
+)

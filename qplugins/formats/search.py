@@ -1,0 +1,52 @@
+"""Data-free choice of scales: of a few candidates a group, the one with the least squared error.
+
+Clipping a group's largest value a little often helps all the others; how much is a matter of trying. Each candidate is tried as it will be
+stored, rounded to the scale's own dtype. Rows are walked in blocks, so that the working memory does not grow with the matrix.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+# elements of W held in float32 at a time: on a CPU what its cache holds, on a GPU what fills it
+BLOCK_CPU, BLOCK_GPU = 1 << 18, 1 << 24
+
+
+def least_squares(
+    w: Tensor,
+    group_size: int,
+    candidates: Callable[[Tensor], Iterable[tuple[Tensor, ...]]],
+    encode: Callable[..., Tensor],
+    decode: Callable[..., Tensor],
+) -> tuple[Tensor, ...]:
+    """Codes and parameters of the best candidate in each group of `w`.
+
+    w           [N, K]
+    candidates  groups float32 [R, G, group_size] -> tuples of parameters, each [R, G]
+    encode      (groups, *parameters [R, G, 1]) -> codes uint8 [R, G, group_size]
+    decode      (codes, *parameters [R, G, 1]) -> float32 of the same shape
+    returns     (codes uint8 [N, K], *parameters [N, G])
+    """
+    n, k = w.shape
+    rows = max(1, (BLOCK_CPU if w.device.type == "cpu" else BLOCK_GPU) // k)
+    blocks = []
+    for start in range(0, n, rows):
+        x = w[start : start + rows].to(torch.float32).view(-1, k // group_size, group_size)
+        best: list[Tensor] = []
+        least: Tensor | None = None
+        for params in candidates(x):
+            wide = [p[..., None] for p in params]
+            codes = encode(x, *wide)
+            error = (decode(codes, *wide) - x).square_().sum(-1)
+            if least is None:
+                least, best = error, [codes, *params]
+                continue
+            better = error < least
+            least = torch.where(better, error, least)
+            best = [
+                torch.where(better.view(better.shape + (1,) * (b.dim() - 2)), new, b) for new, b in zip((codes, *params), best, strict=True)
+            ]
+        blocks.append(best)
+    codes, *params = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return codes.view(n, k), *params
