@@ -28,7 +28,7 @@ class QuantizedTensor:
     codes         uint8 [N, K], one code a byte, the 4-bit ones in the low half
     scale         [N, K / group_size]: float32, bfloat16, float16, float8_e4m3fn, or uint8 for e8m0 exponents
     zero_point    int8, the shape of `scale`, in the units of the code's values; None where it is zero throughout
-    global_scale  float32 [], a factor of the whole matrix; None where there is none
+    global_scale  float32 [], a factor of the whole matrix, or [N, 1] where joined matrices had different ones; None where there is none
     """
 
     code: str

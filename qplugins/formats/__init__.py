@@ -44,18 +44,21 @@ def _storage(scheme: Mapping[str, Any]) -> str:
     weights = scheme["weights"]
     if weights.get("type", "int") == "int":
         return "int-quantized" if scheme.get("input_activations") else "pack-quantized"
-    if weights["num_bits"] == 4:
+    if weights.get("num_bits") == 4:
         return "mxfp4-pack-quantized" if weights.get("group_size") == 32 else "nvfp4-pack-quantized"
     return "float-quantized"
 
 
 def _key(scheme: Mapping[str, Any], storage: str) -> tuple:
-    weights = scheme["weights"]
-    defaults = {"type": "int", "symmetric": True}
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, **scheme["weights"]}
+    # that library takes -1 for a whole row, and derives the strategy where a config leaves it out
+    group = weights.get("group_size")
+    weights["strategy"] = weights.get("strategy") or ("channel" if group == -1 else "group" if group else "tensor")
+    weights["group_size"] = None if group == -1 else group
     activation = None
     if storage == "float-quantized" and (inputs := scheme.get("input_activations")):
         activation = (inputs.get("num_bits", 8), "token" if inputs.get("dynamic") else inputs.get("strategy", "tensor"))
-    return storage, activation, *(weights.get(key, defaults.get(key)) for key in _WEIGHT_KEYS)
+    return storage, activation, *(weights[key] for key in _WEIGHT_KEYS)
 
 
 _BY_SCHEME = {_key(f.scheme, f.scheme["format"]): f for f in FORMATS.values() if f.scheme}

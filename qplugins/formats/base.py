@@ -87,7 +87,7 @@ class Param:
         return tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one object of a name, which is equal to itself
 class Format:
     """name        what a layer map calls it: "nvfp4", "int4_g128"
     params      the stored tensors, the codes first

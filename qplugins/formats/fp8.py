@@ -40,7 +40,10 @@ def _read(tensors: Mapping[str, Tensor], n: int, k: int) -> QuantizedTensor:
 
 
 def _fp8(name: str, *, per_row: bool, activation: str | None) -> Format:
-    params = [Param("weight", torch.float8_e4m3fn, (1, 1)), Param("weight_scale", None, (1, None) if per_row else None, writes=torch.float32)]
+    params = [
+        Param("weight", torch.float8_e4m3fn, (1, 1)),
+        Param("weight_scale", None, (1, None) if per_row else None, writes=torch.float32),
+    ]
     if activation == "tensor":
         params.append(Param("input_scale", None, None))
     weights = {"num_bits": 8, "type": "float", "strategy": "channel" if per_row else "tensor", "symmetric": True, "dynamic": False}

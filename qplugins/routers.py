@@ -1,0 +1,82 @@
+"""How an engine's loader reaches the parts of a layer.
+
+vLLM and SGLang load alike: a checkpoint's `k_proj.X` is renamed to `qkv_proj.X`, and the loader of the layer's parameter X is called with
+the tensor and the part that it is ("k"). So for every stored name X a layer has one empty parameter, a router, whose loader passes the
+tensor on to the part that it belongs to. Routers are gone after loading.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qplugins.formats import Format
+from qplugins.layer import MixedLinear, Span
+from qplugins.layer_map import LayerMap
+
+
+def formats(layer_map: LayerMap, names: Sequence[str], parts: Sequence[Span]) -> list[Format]:
+    """Each part's format, by its shape on this rank. A layer that the engine builds in more parts than it has names is refused."""
+    if len(names) == 1:
+        names = [*names] * len(parts)
+    if len(names) != len(parts):
+        raise ValueError(
+            f"{', '.join(names)}: the engine builds this layer of {len(parts)} matrices, its model names {len(names)}; it cannot be quantized"
+        )
+    return [_format(layer_map, name, part) for name, part in zip(names, parts, strict=True)]
+
+
+def _format(layer_map: LayerMap, name: str, part: Span) -> Format:
+    try:
+        return layer_map.format_for(name, "Linear", *part.shape)
+    except ValueError as e:
+        if part.columns == (0, part.k):
+            raise
+        raise ValueError(
+            f"{e}. This rank holds columns {part.columns[0]}..{part.columns[1]} of {part.k}: a smaller tensor parallel size helps too"
+        ) from None
+
+
+def part_of(shard_id, parts: int) -> Sequence[int]:
+    """The parts, by index, that a loader's `shard_id` means: "q", "k", "v", a number, several numbers, or None for all."""
+    if shard_id is None:
+        return range(parts)
+    if isinstance(shard_id, tuple | list):
+        return shard_id
+    return ("qkv".index(shard_id) if isinstance(shard_id, str) else shard_id,)
+
+
+def add_router(layer: nn.Module, name: str, dtype: torch.dtype, load) -> None:
+    """An empty parameter `name`; `load(tensor, shard_id)` gets what the engine loads into it."""
+
+    def loader(param: nn.Parameter, tensor: Tensor, shard_id=None) -> None:
+        load(tensor, shard_id)
+
+    router = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    router.weight_loader = loader
+    layer.register_parameter(name, router)
+
+
+def add_routers(layer: nn.Module, mixed: MixedLinear) -> None:
+    """One router for every name that a part stores."""
+    parts = len(mixed.shards)
+    for shard in mixed.shards:
+        for p in shard.format.params:
+            if not hasattr(layer, p.name):
+                add_router(layer, p.name, p.dtype or shard.dtype, lambda t, i, name=p.name: mixed.load(name, t, part_of(i, parts)))
+
+
+def remove_routers(layer: nn.Module, mixed: MixedLinear) -> None:
+    for name in {p.name for shard in mixed.shards for p in shard.format.params}:
+        delattr(layer, name)
+
+
+def load_random(mixed: MixedLinear) -> None:
+    """Random matrices in place of a checkpoint's, for an engine's `--load-format dummy`: speed can be measured without one."""
+    for shard in mixed.shards:
+        device = next(shard.parameters()).device
+        w = torch.randn(shard.span.shape, dtype=torch.float32, device=device).mul_(0.02).to(shard.dtype)
+        stored = shard.format.store(shard.format.quantize(w, None)) if shard.format.quantized else {"weight": w}
+        for name, tensor in stored.items():
+            getattr(shard, name).data.copy_(tensor)
+            shard.loaded.add(name)
