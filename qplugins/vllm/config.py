@@ -1,0 +1,206 @@
+"""vLLM's `QuantizationConfig`s: `qplugins` for checkpoints that are quantized, `qplugins-<preset>` for quantizing while loading.
+
+Both hold a layer map and answer one question, which method a layer gets; they differ in where the map comes from and in the method.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.platforms import current_platform
+
+from qplugins.kv_map import KVMap
+from qplugins.layer_map import PRESETS, LayerMap
+from qplugins.vllm.linear import EmbeddingMethod, LinearMethod, OnlineLinearMethod
+
+# under vLLM's own logger, whose handlers and level then apply
+logger = init_logger("vllm.qplugins")
+
+
+class MappedConfig(QuantizationConfig):
+    """A layer map at work in a vLLM model."""
+
+    layer_map: LayerMap
+    tied_head = False
+
+    def get_name(self) -> str:
+        return "qplugins"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        dtypes = [torch.bfloat16, torch.float16]
+        return [*dtypes, torch.float32] if current_platform.is_cpu() else dtypes
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        """Renames the map's targets as the model renames its modules. Fusing is not renaming: a map names the parts."""
+        fields = {f.name for f in dataclasses.fields(hf_to_vllm_mapper)}
+        renames = dataclasses.replace(hf_to_vllm_mapper, **({"orig_to_new_stacked": {}} if "orig_to_new_stacked" in fields else {}))
+
+        def rename(target: str) -> str:
+            if target.startswith("re:") or "." not in target:
+                return target
+            return (renames.map_name(target + ".weight") or target + ".weight").removesuffix(".weight")
+
+        self.layer_map = self.layer_map.rename(rename)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+        self.tied_head = bool(getattr(text, "tie_word_embeddings", False))
+
+    def part_names(self, prefix: str) -> list[str]:
+        """The names that a map knows the matrices of a vLLM layer by: q_proj, k_proj, v_proj for qkv_proj."""
+        parent, _, leaf = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(leaf, [leaf])
+        return [f"{parent}.{part}" if parent else part for part in parts]
+
+    def linear_method(self, names: list[str]) -> QuantizeMethodBase:
+        raise NotImplementedError
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            names = self.part_names(prefix)
+            quantized = any(self.layer_map.rule_for(name) for name in names)
+            return self.linear_method(names) if quantized else UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            return self.embedding_method(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return self.experts_method(prefix)
+        return None
+
+    def embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+        return None
+
+    def experts_method(self, prefix: str) -> None:
+        raise NotImplementedError
+
+
+class CheckpointConfig(MappedConfig):
+    """A quantized checkpoint in the compressed-tensors layout, ours or another producer's."""
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if config is None:
+            presets = ", ".join(f"qplugins-{p}" for p in PRESETS)
+            raise ValueError(
+                "--quantization qplugins serves quantized checkpoints, and this one has no quantization_config. "
+                f"Quantize it while loading with --quantization {presets.split(', ')[0]} (or one of {presets}), or once with `qplugins quantize`."
+            )
+        self.layer_map = LayerMap.from_config(config)
+        self.kv_map = KVMap.from_config(config)
+        self.quantized_embedding: str | None = None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CheckpointConfig":
+        return cls(config)
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None) -> str | None:
+        """Takes a compressed-tensors checkpoint over when the user named this method, and only then."""
+        if user_quant != "qplugins":
+            return None
+        producer = hf_quant_cfg.get("quant_method", "")
+        if producer not in ("compressed-tensors", "qplugins"):
+            raise ValueError(
+                f"--quantization qplugins reads checkpoints in the compressed-tensors layout; this one says quant_method {producer!r}. "
+                "Leave --quantization out to serve it by vLLM's own methods."
+            )
+        return "qplugins"
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Also checks the whole checkpoint, by its headers, before anything of it is loaded; one still on a hub is checked while loading."""
+        super().maybe_update_config(model_name, hf_config, revision)
+        if Path(model_name).is_dir():
+            from qplugins.checkpoints.reader import Checkpoint
+
+            Checkpoint.open(model_name).check()
+
+    def linear_method(self, names: list[str]) -> LinearMethod:
+        return LinearMethod(self.layer_map, names)
+
+    def embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> EmbeddingMethod | None:
+        if isinstance(layer, ParallelLMHead):
+            if self.tied_head:  # no matrix of its own: what the embedding is, it is
+                return EmbeddingMethod(self.layer_map, self.quantized_embedding, "Embedding") if self.quantized_embedding else None
+            return EmbeddingMethod(self.layer_map, prefix, "Linear") if self.layer_map.rule_for(prefix, "Linear") else None
+        prefix = prefix or self.embedding_name()
+        if self.layer_map.rule_for(prefix, "Embedding") is None:
+            return None
+        self.quantized_embedding = prefix
+        return EmbeddingMethod(self.layer_map, prefix, "Embedding")
+
+    def embedding_name(self) -> str:
+        """Of a model that does not tell its embedding's name (Llama): the one that the map speaks of, or the usual one."""
+        targets = (t for rule in self.layer_map.rules for t in rule.targets)
+        return next((t for t in targets if t.endswith("embed_tokens") and not t.startswith("re:")), "model.embed_tokens")
+
+    def experts_method(self, prefix: str) -> None:
+        """Experts that the map leaves alone are vLLM's; quantized ones are refused."""
+        rule = next((r for part in ("gate_proj", "w1", "down_proj") if (r := self.layer_map.rule_for(f"{prefix}.0.{part}"))), None)
+        if rule is not None:
+            raise ValueError(
+                f"{prefix}: the checkpoint's experts are quantized ({rule.formats[0].name}), and this version serves dense layers only. "
+                "Leave --quantization out to serve it by vLLM's own methods, or name the experts under ignore when quantizing."
+            )
+        return None
+
+
+class OnlineConfig(MappedConfig):
+    """A plain checkpoint, quantized by a preset as each layer arrives."""
+
+    preset: str
+
+    def __reduce__(self) -> tuple:
+        # vLLM sends it to its other processes, which find no class of this name in any module
+        return _restore, (self.preset, self.__dict__)
+
+    def get_name(self) -> str:
+        return f"qplugins-{self.preset}"
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "OnlineConfig":
+        raise ValueError(
+            f"--quantization qplugins-{cls.preset} quantizes plain checkpoints; this one has a quantization_config. Use --quantization qplugins."
+        )
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None) -> None:
+        if user_quant == f"qplugins-{cls.preset}":
+            cls.from_config(hf_quant_cfg)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        super().maybe_update_config(model_name, hf_config, revision)
+        text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+        self.layer_map = LayerMap.preset(self.preset, text.num_hidden_layers)
+
+    def linear_method(self, names: list[str]) -> OnlineLinearMethod:
+        return OnlineLinearMethod(self.layer_map, names)
+
+    def experts_method(self, prefix: str) -> None:
+        logger.warning_once("qplugins-%s quantizes dense layers; the experts of this model stay in 16 bits", self.preset)
+        return None
+
+
+@functools.cache
+def online_config(preset: str) -> type[OnlineConfig]:
+    """The config class of one preset: vLLM builds it without arguments, so that each needs its own."""
+    return type(f"OnlineConfig_{preset}", (OnlineConfig,), {"preset": preset})
+
+
+def _restore(preset: str, state: dict[str, Any]) -> OnlineConfig:
+    config = online_config(preset)()
+    config.__dict__.update(state)
+    return config
