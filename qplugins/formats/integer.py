@@ -19,13 +19,16 @@ from qplugins.formats.search import least_squares
 from qplugins.kernels.quantized import QuantizedTensor
 
 TINY = 2.0**-24  # of a group of zeros: float16's smallest, so that no scale is rounded to zero
-CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74, 0.68)  # shares of a group's range that are tried; one with few bits gains most
+# Shares of a group's range that are tried. What stands out of a large group is an outlier, which a model has for a reason: clipped by as much as
+# its squared error allows, down projections lose more than they gain. What stands out of a small group is just its largest value.
+CLIPS = (1.0, 0.95, 0.9)
+CLIPS_SMALL_GROUP = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74, 0.68)
 
 
 def _quantize(w: Tensor, bits: int, group_size: int | None, symmetric: bool) -> QuantizedTensor:
     half = 1 << (bits - 1)
     dtype = w.dtype if w.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    clips = CLIPS if bits == 4 else CLIPS[:3]
+    clips = CLIPS_SMALL_GROUP if bits == 4 and (group_size or w.shape[1]) <= 32 else CLIPS
 
     def candidates(x: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         lo, hi = x.aminmax(dim=-1)
