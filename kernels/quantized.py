@@ -5,6 +5,7 @@
 Checkpoints differ in how they pack codes; kernels differ in how they want them packed. Both meet here, with one code a byte, so that a
 checkpoint layout and a kernel layout never need to know of each other. `dequantize` is the definition that everything is tested against.
 """
+
 from dataclasses import dataclass
 
 import torch

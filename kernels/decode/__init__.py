@@ -2,6 +2,7 @@
 
 Scales and zero points are not part of a code: `kernels/quantized.py` has the whole equation.
 """
+
 from qplugins.kernels.decode.code import Code
 from qplugins.kernels.decode.e2m1 import E2M1
 from qplugins.kernels.decode.e4m3 import E4M3

@@ -1,4 +1,5 @@
 """A code: so many bits, the value of each bit pattern, and where the kernel layout puts its bits."""
+
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -4,6 +4,7 @@
 
 The three low bits are the top of a 16-bit float's exponent and mantissa in the right order, so a shift and one power of two decode it.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -49,36 +50,38 @@ def decode_e2m1(word, dtype: tl.constexpr, PTX: tl.constexpr):
                 }""",
                 "=&r,=&r,=&r,=&r,r", [word], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2,
             )  # fmt: skip
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 s, e, m;
-            and.b32 s, $4, 0x80008000;
-            shl.b32 e, $4, 3;
-            and.b32 m, e, 0x0E000E00;
-            or.b32 $0, s, m;
-            and.b32 s, e, 0x80008000;
-            shl.b32 e, $4, 6;
-            and.b32 m, e, 0x0E000E00;
-            or.b32 $1, s, m;
-            and.b32 s, e, 0x80008000;
-            shl.b32 e, $4, 9;
-            and.b32 m, e, 0x0E000E00;
-            or.b32 $2, s, m;
-            shl.b32 s, $4, 1;
-            and.b32 s, s, 0x80008000;
-            shr.b32 e, $4, 2;
-            and.b32 e, e, 0x08000800;
-            shr.b32 m, $4, 1;
-            and.b32 m, m, 0x06000600;
-            or.b32 s, s, e;
-            or.b32 $3, s, m;
-            }""",
-            "=&r,=&r,=&r,=&r,r", [word], dtype=(tl.float16,) * 4, is_pure=True, pack=2,
-        )  # fmt: skip
-    w = word.to(tl.int32)
-    up: tl.constexpr = 0 if dtype == tl.bfloat16 else 3  # float16 has its exponent and mantissa three bits higher
-    d0 = (w & 0x8000) | ((w & 0x01C0) << up)
-    d1 = ((w << 3) & 0x8000) | (((w << 3) & 0x01C0) << up)
-    d2 = ((w << 6) & 0x8000) | (((w << 6) & 0x01C0) << up)
-    d3 = ((w << 1) & 0x8000) | ((((w >> 5) & 0x0100) | ((w >> 4) & 0x00C0)) << up)
-    return from_bits(d0, dtype), from_bits(d1, dtype), from_bits(d2, dtype), from_bits(d3, dtype)
+        else:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 s, e, m;
+                and.b32 s, $4, 0x80008000;
+                shl.b32 e, $4, 3;
+                and.b32 m, e, 0x0E000E00;
+                or.b32 $0, s, m;
+                and.b32 s, e, 0x80008000;
+                shl.b32 e, $4, 6;
+                and.b32 m, e, 0x0E000E00;
+                or.b32 $1, s, m;
+                and.b32 s, e, 0x80008000;
+                shl.b32 e, $4, 9;
+                and.b32 m, e, 0x0E000E00;
+                or.b32 $2, s, m;
+                shl.b32 s, $4, 1;
+                and.b32 s, s, 0x80008000;
+                shr.b32 e, $4, 2;
+                and.b32 e, e, 0x08000800;
+                shr.b32 m, $4, 1;
+                and.b32 m, m, 0x06000600;
+                or.b32 s, s, e;
+                or.b32 $3, s, m;
+                }""",
+                "=&r,=&r,=&r,=&r,r", [word], dtype=(tl.float16,) * 4, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        w = word.to(tl.int32)
+        up: tl.constexpr = 0 if dtype == tl.bfloat16 else 3  # float16 has its exponent and mantissa three bits higher
+        d0 = (w & 0x8000) | ((w & 0x01C0) << up)
+        d1 = ((w << 3) & 0x8000) | (((w << 3) & 0x01C0) << up)
+        d2 = ((w << 6) & 0x8000) | (((w << 6) & 0x01C0) << up)
+        d3 = ((w << 1) & 0x8000) | ((((w >> 5) & 0x0100) | ((w >> 4) & 0x00C0)) << up)
+        return from_bits(d0, dtype), from_bits(d1, dtype), from_bits(d2, dtype), from_bits(d3, dtype)

@@ -1,5 +1,6 @@
 """e4m3, the 8-bit float: sign, 4 exponent bits (bias 7), 3 mantissa bits; no infinity, 0x7f and 0xff are NaN; largest 448
 (OCP 8-bit floating point 1.0). torch calls it float8_e4m3fn."""
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +10,9 @@ from qplugins.kernels.decode.code import Code
 
 MAX = 448.0
 
-E4M3 = Code("e4m3", 8, torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32), (tuple(range(8)), tuple(range(8, 16))))
+E4M3 = Code(
+    "e4m3", 8, torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32), (tuple(range(8)), tuple(range(8, 16)))
+)
 
 
 @triton.jit
@@ -35,23 +38,25 @@ def decode_e4m3(word, dtype: tl.constexpr, PTX: tl.constexpr):
                 }""",
                 "=&r,=&r,r", [word], dtype=(tl.bfloat16,) * 2, is_pure=True, pack=2,
             )  # fmt: skip
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 s, t;
-            shl.b32 s, $2, 8;
-            and.b32 s, s, 0x80008000;
-            shl.b32 t, $2, 7;
-            and.b32 t, t, 0x3F803F80;
-            or.b32 $0, s, t;
-            and.b32 s, $2, 0x80008000;
-            shr.b32 t, $2, 1;
-            and.b32 t, t, 0x3F803F80;
-            or.b32 $1, s, t;
-            }""",
-            "=&r,=&r,r", [word], dtype=(tl.float16,) * 2, is_pure=True, pack=2,
-        )  # fmt: skip
-    w = word.to(tl.int32)
-    up: tl.constexpr = 4 if dtype == tl.bfloat16 else 7
-    d0 = ((w << 8) & 0x8000) | ((w & 0x7F) << up)
-    d1 = (w & 0x8000) | (((w >> 8) & 0x7F) << up)
-    return from_bits(d0, dtype), from_bits(d1, dtype)
+        else:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 s, t;
+                shl.b32 s, $2, 8;
+                and.b32 s, s, 0x80008000;
+                shl.b32 t, $2, 7;
+                and.b32 t, t, 0x3F803F80;
+                or.b32 $0, s, t;
+                and.b32 s, $2, 0x80008000;
+                shr.b32 t, $2, 1;
+                and.b32 t, t, 0x3F803F80;
+                or.b32 $1, s, t;
+                }""",
+                "=&r,=&r,r", [word], dtype=(tl.float16,) * 2, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        w = word.to(tl.int32)
+        up: tl.constexpr = 4 if dtype == tl.bfloat16 else 7
+        d0 = ((w << 8) & 0x8000) | ((w & 0x7F) << up)
+        d1 = (w & 0x8000) | (((w >> 8) & 0x7F) << up)
+        return from_bits(d0, dtype), from_bits(d1, dtype)

@@ -1,4 +1,5 @@
 """int4, offset binary: the pattern c stands for c - 8. So compressed-tensors packs it, and so a magic-number decode wants it."""
+
 import torch
 import triton
 import triton.language as tl
@@ -12,25 +13,45 @@ INT4 = Code("int4", 4, torch.arange(16, dtype=torch.float32) - 8, tuple(tuple(ra
 @triton.jit
 def decode_int4(word, dtype: tl.constexpr, PTX: tl.constexpr):
     """int16 words -> the four codes c as 128 + c (bfloat16) or 1024 + c (float16), exactly: c put in the last mantissa bits of that power."""
-    base: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
     if PTX:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t;
-            and.b32 t, $4, 0x000F000F;
-            or.b32 $0, t, $5;
-            shr.b32 t, $4, 4;
-            and.b32 t, t, 0x000F000F;
-            or.b32 $1, t, $5;
-            shr.b32 t, $4, 8;
-            and.b32 t, t, 0x000F000F;
-            or.b32 $2, t, $5;
-            shr.b32 t, $4, 12;
-            and.b32 t, t, 0x000F000F;
-            or.b32 $3, t, $5;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r", [word, tl.full(word.shape, base, tl.int16)], dtype=(dtype,) * 4, is_pure=True, pack=2,
-        )  # fmt: skip
-    w = word.to(tl.int32)
-    d0, d1, d2, d3 = (w & 15) | base, ((w >> 4) & 15) | base, ((w >> 8) & 15) | base, ((w >> 12) & 15) | base
-    return from_bits(d0, dtype), from_bits(d1, dtype), from_bits(d2, dtype), from_bits(d3, dtype)
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 t;
+                and.b32 t, $4, 0x000F000F;
+                or.b32 $0, t, 0x43004300;
+                shr.b32 t, $4, 4;
+                and.b32 t, t, 0x000F000F;
+                or.b32 $1, t, 0x43004300;
+                shr.b32 t, $4, 8;
+                and.b32 t, t, 0x000F000F;
+                or.b32 $2, t, 0x43004300;
+                shr.b32 t, $4, 12;
+                and.b32 t, t, 0x000F000F;
+                or.b32 $3, t, 0x43004300;
+                }""",
+                "=&r,=&r,=&r,=&r,r", [word], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 t;
+                and.b32 t, $4, 0x000F000F;
+                or.b32 $0, t, 0x64006400;
+                shr.b32 t, $4, 4;
+                and.b32 t, t, 0x000F000F;
+                or.b32 $1, t, 0x64006400;
+                shr.b32 t, $4, 8;
+                and.b32 t, t, 0x000F000F;
+                or.b32 $2, t, 0x64006400;
+                shr.b32 t, $4, 12;
+                and.b32 t, t, 0x000F000F;
+                or.b32 $3, t, 0x64006400;
+                }""",
+                "=&r,=&r,=&r,=&r,r", [word], dtype=(tl.float16,) * 4, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        w = word.to(tl.int32)
+        base: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+        d0, d1, d2, d3 = (w & 15) | base, ((w >> 4) & 15) | base, ((w >> 8) & 15) | base, ((w >> 12) & 15) | base
+        return from_bits(d0, dtype), from_bits(d1, dtype), from_bits(d2, dtype), from_bits(d3, dtype)

@@ -1,4 +1,5 @@
 """int8, offset binary: the pattern c stands for c - 128."""
+
 import torch
 import triton
 import triton.language as tl
@@ -36,22 +37,25 @@ def decode_int8(word, dtype: tl.constexpr, PTX: tl.constexpr):
                 }""",
                 "=&r,=&r,r", [word], dtype=(tl.bfloat16,) * 2, is_pure=True, pack=2,
             )  # fmt: skip
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, v, less;
-            mov.b32 less, 0xE480E480;
-            and.b32 t, $2, 0x00FF00FF;
-            or.b32 t, t, 0x64006400;
-            shr.b32 v, $2, 8;
-            add.rn.f16x2 $0, t, less;
-            and.b32 t, v, 0x00FF00FF;
-            or.b32 t, t, 0x64006400;
-            add.rn.f16x2 $1, t, less;
-            }""",
-            "=&r,=&r,r", [word], dtype=(tl.float16,) * 2, is_pure=True, pack=2,
-        )  # fmt: skip
-    if dtype == tl.bfloat16:
-        d0 = from_bits((w & 0x7F) | 0x4300, dtype) - from_bits((w & 0x80) ^ 0x4380, dtype)
-        d1 = from_bits(((w >> 8) & 0x7F) | 0x4300, dtype) - from_bits(((w >> 8) & 0x80) ^ 0x4380, dtype)
-        return d0, d1
-    return from_bits((w & 0xFF) | 0x6400, dtype) - 1152.0, from_bits(((w >> 8) & 0xFF) | 0x6400, dtype) - 1152.0
+        else:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 t, v, less;
+                mov.b32 less, 0xE480E480;
+                and.b32 t, $2, 0x00FF00FF;
+                or.b32 t, t, 0x64006400;
+                shr.b32 v, $2, 8;
+                add.rn.f16x2 $0, t, less;
+                and.b32 t, v, 0x00FF00FF;
+                or.b32 t, t, 0x64006400;
+                add.rn.f16x2 $1, t, less;
+                }""",
+                "=&r,=&r,r", [word], dtype=(tl.float16,) * 2, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        if dtype == tl.bfloat16:
+            d0 = from_bits((w & 0x7F) | 0x4300, dtype) - from_bits((w & 0x80) ^ 0x4380, dtype)
+            d1 = from_bits(((w >> 8) & 0x7F) | 0x4300, dtype) - from_bits(((w >> 8) & 0x80) ^ 0x4380, dtype)
+            return d0, d1
+        else:
+            return from_bits((w & 0xFF) | 0x6400, dtype) - 1152.0, from_bits(((w >> 8) & 0xFF) | 0x6400, dtype) - 1152.0

@@ -1,0 +1,87 @@
+"""What every kernel needs to compute with 16-bit floats, compiled and under Triton's interpreter.
+
+The interpreter (3.9) keeps bfloat16 as bit patterns: it multiplies those in `tl.dot` and in elementwise arithmetic, turns integers into garbage
+and rounds in its own way. So there every 16-bit float becomes a float32 as soon as it is made, which holds it exactly.
+
+Compiled for NVIDIA, arithmetic on bfloat16 and float16 comes as PTX for two values at a time: LLVM does not pair them up on its own.
+`PTX` (constexpr) says whether to; `dtype` is the type that is meant, whatever a tensor has under the interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def from_bits(bits, dtype: tl.constexpr):
+    """The 16-bit floats of `dtype` whose patterns are the low halves of an integer tensor."""
+    if INTERPRET:
+        if dtype == tl.bfloat16:
+            return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        else:
+            return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return bits.to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 -> `dtype`, or as it is under the interpreter."""
+    if INTERPRET:
+        return x
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, products and sums in float32."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def add(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
+    """a + b, rounded once. Two tensors of one shape."""
+    if PTX:
+        # a * 1 + b: sm_80 has no other addition of bfloat16 pairs
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 one; mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, $1, one, $2; }",
+                "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return a + b
+
+
+@triton.jit
+def mul(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
+    """a * b, rounded once. Two tensors of one shape."""
+    if PTX:
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 nil; mov.b32 nil, 0x80008000; fma.rn.bf16x2 $0, $1, $2, nil; }",
+                "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return a * b
+
+
+@triton.jit
+def wait_for_dot(acc, PTX: tl.constexpr):
+    """acc, the result of the last step's `dot`, for certain finished. To stand in front of a `dot` whose first operand is in registers.
+
+    Hopper's tensor core reads such registers after the instruction was issued. ptxas before CUDA 13.3 lets the next step overwrite them
+    earlier than that (triton-lang/triton issue 9433), which shows as a wrong sum now and then. A use of `acc` has Triton wait first.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise("// $0", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return acc

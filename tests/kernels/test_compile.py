@@ -1,0 +1,61 @@
+"""Kernels compiled for GPUs that are not here: that they do, and that on Hopper they became what layout.py promises."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from qplugins.kernels.linear.tiles import Tile
+
+SKINNY, SQUARE = Tile(64, 16, 1, 4, 4, split_k=4), Tile(128, 128, 1, 8, 3)
+SPECS = (
+    "e2m1*e4m3/16 4096x4096",
+    "e2m1*e8m0/32 4096x4096",
+    "int4*bf16/128 4096x4096",
+    "int4*fp16/128+zero 4096x4096",
+    "e4m3*f32/row 4096x4096",
+    "int8*bf16/row 4096x4096",
+)
+CASES = (
+    [(target, s, "bf16", SKINNY) for target in ("sm_80", "sm_90", "sm_100", "gfx942") for s in SPECS]
+    + [("sm_90", s, "bf16", SQUARE) for s in SPECS]
+    + [(target, s, "fp16", SQUARE) for target in ("sm_80", "sm_90", "gfx942") for s in SPECS[:1]]
+    + [("sm_90", "int4*bf16/32 1000x1120", "bf16", SKINNY)]
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    lines = "".join(json.dumps({"target": t, "spec": s, "dtype": d, "tile": asdict(tile)}) + "\n" for t, s, d, tile in CASES)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    program = Path(__file__).with_name("offline.py")
+    done = subprocess.run([sys.executable, program], input=lines, capture_output=True, text=True, env=env, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(CASES)
+    return {(f["target"], f["spec"], f["dtype"], f["tile"]["block_n"]): f for f in found}
+
+
+@pytest.mark.parametrize(
+    ("target", "spec", "dtype", "tile"), CASES, ids=[f"{t}-{s}-{d}-{tile.block_n}x{tile.block_m}" for t, s, d, tile in CASES]
+)
+def test_kernel_compiles(target, spec, dtype, tile, compiled):
+    found = compiled[target, spec, dtype, tile.block_n]
+    assert "error" not in found, found["error"]
+    if target == "gfx942":
+        assert found["mfma"] > 0
+    elif "stack" in found:
+        assert found["stack"] == 0, "registers are spilled"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("tile", [SKINNY, SQUARE], ids=["skinny", "square"])
+def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(spec, tile, compiled):
+    found = compiled["sm_90", spec, "bf16", tile.block_n]
+    assert found["wgmma"] > 0 and found["wgmma_from_registers"] == found["wgmma"]
+    # see wait_for_dot: registers of a product that is not done are not safe from the next step
+    assert found["pending_products"] == 0
