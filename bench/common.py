@@ -1,0 +1,93 @@
+"""What the benchmarks share: timing with CUDA graphs on inputs that are not in the cache, and results as rows of JSON."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Row:
+    """suite    "linear"                   case  what was computed: {"n": 4096, "k": 4096, "m": 16, "format": "nvfp4"}
+    impl     whose kernel               us    microseconds, None where it did not run
+    floor_us  the time that the least possible traffic takes at the measured bandwidth
+    note     why it did not run, or which tile was used
+    """
+
+    suite: str
+    case: dict
+    impl: str
+    us: float | None
+    floor_us: float
+    note: str = ""
+    error: float | None = field(default=None)
+
+
+def time_us(calls: list[Callable[[], object]], rep_ms: float = 20) -> float:
+    """Microseconds of one call: the median over replays of a CUDA graph that makes all `calls`, again and again, for about rep_ms.
+
+    Give one call for each copy of the inputs, enough of them that no copy is in the cache when its turn comes: see `copies`.
+    """
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    return triton.testing.do_bench_cudagraph(all_of_them, rep=rep_ms, return_mode="median") * 1000 / len(calls)
+
+
+def copies(nbytes: int) -> int:
+    """How many sets of inputs of that size exceed the cache twice over, so that each is read from memory."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, -(-2 * cache // max(nbytes, 1)))
+
+
+def bandwidth() -> float:
+    """Bytes a second that a large copy on the device moves, reads and writes together: by the driver or by a kernel, whichever is quicker."""
+    a = torch.randn(1 << 29, dtype=torch.float32, device="cuda")
+    b = torch.empty_like(a)
+    us = min(time_us([call], 20) for _ in range(3) for call in (lambda: b.copy_(a), lambda: torch.mul(a, 2, out=b)))
+    return 2 * a.nbytes / us * 1e6
+
+
+def rel_rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want| / |want|."""
+    got, want = got.float(), want.float()
+    return float((got - want).norm() / want.norm())
+
+
+def machine() -> dict:
+    """Device, versions and commit that figures belong to."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    found = {
+        "device": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or "unknown",
+    }
+    for name in ("vllm", "humming"):
+        module = sys.modules.get(name)
+        if module is not None:
+            found[name] = str(getattr(module, "__version__", "unknown"))
+    return found
+
+
+def save(path: Path, rows: Iterable[Row], **about: object) -> None:
+    """One JSON file: what the machine is, then the rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**machine(), **about, "rows": [asdict(r) for r in rows]}, indent=0) + "\n")
+
+
+def table(header: list[str], lines: Iterable[Iterable[object]]) -> str:
+    """Columns, right-aligned."""
+    cells = [header, *([str(c) for c in line] for line in lines)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)

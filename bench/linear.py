@@ -1,0 +1,162 @@
+"""The weight-only GEMM against other people's: the layers of Llama 8B and 70B, few rows and many. See README.md in this folder."""
+
+import argparse
+import sys
+from collections import defaultdict
+from functools import partial
+from math import exp, log
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from bench import rivals, shapes  # noqa: E402
+from bench.common import Row, bandwidth, copies, rel_rms, save, table, time_us  # noqa: E402
+from qplugins.kernels.linear import kernel  # noqa: E402
+from qplugins.kernels.linear.ref import matmul  # noqa: E402
+
+TOLERANCE = 0.012  # of |y|: two roundings to bf16 are 0.003, x rounded to e4m3 is not held to it
+E4M3_TOLERANCE = 0.05
+
+
+def own(name: str):
+    """qplugins' weight-only kernel; for fp8 its W8A8 product too."""
+
+    def weight_only(q, count):
+        sets = shapes.layer(name, *q.shape, count, q)
+
+        def calls(x):
+            y = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device=x.device)
+
+            def call(spec, tensors):
+                kernel.linear(x, spec, tensors, y)
+                return y
+
+            return [lambda s=s: call(*s) for s in sets]
+
+        return calls
+
+    return (
+        {"qplugins": weight_only, "qplugins w8a8": partial(rivals.scaled_mm, quantizer=True)}
+        if name == "fp8"
+        else {"qplugins": weight_only}
+    )
+
+
+def run(formats: list[str], models: list[str], rows: list[int], only: list[str] | None, rep_ms: float) -> list[Row]:
+    """Every implementation on every case: checked against float32 first, then timed."""
+    rate = bandwidth()
+    print(f"copy bandwidth {rate / 1e12:.2f} TB/s; floor = (packed weights + x + y) / that")
+    found: list[Row] = []
+    for name in formats:
+        implementations = {**own(name), **{k: v for k, v in rivals.RIVALS.items() if k != "scaled_mm alone" or name == "fp8"}}
+        for n, k in dict.fromkeys(shape for model in models for shape in shapes.MODELS[model]):
+            q = shapes.random_matrix(name, n, k)
+            nbytes = sum(t.nbytes for t in shapes.layer(name, n, k, 1, q)[0][1])
+            xs = {m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in rows}
+            w = q.dequantize()
+            want = {m: matmul(x[:256], w) for m, x in xs.items()}
+            del w
+            for impl, make in implementations.items():
+                if only and not any(impl.startswith(o) for o in only):
+                    continue
+                try:
+                    # one matrix at a time that is not in the cache; bf16 weights are larger, so fewer do
+                    calls_of = make(q, min(64, copies(nbytes)))
+                except Exception as e:
+                    found += [
+                        Row("linear", _case(name, n, k, m), impl, None, _floor(nbytes, m, n, k, rate), f"{type(e).__name__}: {e}"[:200])
+                        for m in rows
+                    ]
+                    print(f"{name} {n}x{k} {impl}: does not run: {type(e).__name__}: {str(e)[:120]}")
+                    continue
+                for m, x in xs.items():
+                    row = Row("linear", _case(name, n, k, m), impl, None, _floor(nbytes, m, n, k, rate))
+                    try:
+                        calls = calls_of(x)
+                        row.error = rel_rms(calls[0]()[:256], want[m])
+                        if not row.error < (E4M3_TOLERANCE if "w8a8" in impl or "scaled_mm" in impl else TOLERANCE):
+                            raise ArithmeticError(f"is off by {row.error:.2g} of the result")
+                        row.us = time_us(calls, rep_ms)
+                    except Exception as e:
+                        row.note = f"{type(e).__name__}: {e}"[:200]
+                    found.append(row)
+                del calls_of
+                torch.cuda.empty_cache()
+            _print_shape(found, name, n, k, rows)
+    return found
+
+
+def _case(name: str, n: int, k: int, m: int) -> dict:
+    return {"format": name, "n": n, "k": k, "m": m}
+
+
+def _floor(nbytes: int, m: int, n: int, k: int, rate: float) -> float:
+    return (nbytes + 2 * m * (n + k)) / rate * 1e6
+
+
+def _print_shape(found: list[Row], name: str, n: int, k: int, rows: list[int]) -> None:
+    mine = [r for r in found if (r.case["format"], r.case["n"], r.case["k"]) == (name, n, k)]
+    impls = list(dict.fromkeys(r.impl for r in mine))
+    cell = {(r.impl, r.case["m"]): r for r in mine}
+    lines = []
+    for m in rows:
+        us = [cell[i, m].us for i in impls]
+        lines.append([m, f"{cell[impls[0], m].floor_us:.1f}", *("-" if u is None else f"{u:.1f}" for u in us)])
+    print(f"\n{name} {n} x {k}, microseconds\n" + table(["M", "floor", *impls], lines), flush=True)
+    for r in mine:
+        if r.note and r.case["m"] == rows[0]:
+            print(f"  {r.impl}: {r.note}")
+
+
+def summary(found: list[Row]) -> str:
+    """Geometric means over the shapes: how many times as fast as the best rival, as cuBLAS, and the share of the floor."""
+    cells = defaultdict(dict)
+    for r in found:
+        if r.us is not None:
+            cells[r.case["format"], r.case["m"], r.case["n"], r.case["k"]][r.impl] = r
+    ratios = defaultdict(lambda: defaultdict(list))
+    for (name, m, _, _), by in cells.items():
+        if "qplugins" not in by:
+            continue
+        us = by["qplugins"].us
+        ratios[name, m]["floor"].append(by["qplugins"].floor_us / us)
+        if "cublas bf16" in by:
+            ratios[name, m]["cublas"].append(by["cublas bf16"].us / us)
+        others = [r.us for impl, r in by.items() if impl in ("marlin", "humming", "machete")]
+        if others:
+            ratios[name, m]["rival"].append(min(others) / us)
+
+    def mean(values: list[float]) -> str:
+        return f"{exp(sum(map(log, values)) / len(values)):.2f} ({min(values):.2f})" if values else "-"
+
+    lines = [[name, m, mean(r["rival"]), mean(r["cublas"]), mean(r["floor"])] for (name, m), r in ratios.items()]
+    return table(["format", "M", "best rival / qplugins (worst)", "cublas bf16 / qplugins (worst)", "floor / qplugins (worst)"], lines)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--formats", nargs="+", default=["nvfp4", "int4_g128", "fp8", "mxfp4", "int8"], choices=list(shapes.FORMATS))
+    p.add_argument("--models", nargs="+", default=["8b", "70b"], choices=list(shapes.MODELS))
+    p.add_argument("--rows", nargs="+", type=int, help=f"rows of x; default {' '.join(map(str, shapes.ROWS))}")
+    p.add_argument("--only", nargs="+", help="implementations whose name begins so: qplugins cublas marlin humming machete scaled_mm")
+    p.add_argument("--rep", type=float, default=20, help="milliseconds that a timing takes, ten times over")
+    p.add_argument("--tune", action="store_true", help="time every tile of qplugins' kernel instead")
+    p.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    a = p.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here: the benchmark times kernels on one")
+    torch.manual_seed(0)
+    if a.tune:
+        from bench.tune import CLASSES, tune
+
+        save(a.out / "tune.json", tune(a.formats, a.rows or list(CLASSES), a.models))
+        return
+    found = run(a.formats, a.models, a.rows or list(shapes.ROWS), a.only, a.rep)
+    save(a.out / "linear.json", found)
+    print("\n" + summary(found))
+
+
+if __name__ == "__main__":
+    main()
