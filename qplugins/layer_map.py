@@ -253,7 +253,7 @@ class LayerMap:
 
     @classmethod
     def preset(cls, name: str, num_layers: int) -> "LayerMap":
-        """balanced: the first and last two layers fp8, down projections int4 in groups of 32, the others nvfp4; or one format throughout by its name.
+        """balanced: the first and last two layers fp8, down projections int4 in groups of 32 with zero points, the others nvfp4; or one format throughout by its name.
         What PRESET_IGNORE names stays as it is, and so do embeddings. Raises ValueError for an unknown name."""
         rules: list[Rule] = []
         if name == "balanced":
@@ -261,7 +261,7 @@ class LayerMap:
             rules.append(Rule((rf"re:.*\blayers\.({'|'.join(map(str, outer))})\.",), _formats("fp8")))
             if num_layers > len(outer):
                 # groups of 32: a down projection has outliers that matter, and they spoil the scale of a larger group
-                rules += [Rule(("re:.*down_proj$",), _formats("int4_g32")), Rule(("Linear",), _formats("nvfp4"))]
+                rules += [Rule(("re:.*down_proj$",), _formats("int4_g32_asym")), Rule(("Linear",), _formats("nvfp4"))]
         elif name in PRESETS:
             rules.append(Rule(("Linear",), _formats(name)))
         else:
