@@ -60,7 +60,7 @@ def test_every_format(text, dtype, device):
     ("m", "n", "k", "tile"),
     [
         (1, 64, 64, SMALL),
-        (1, 1, 32, WIDE),
+        (33, 1, 32, WIDE),  # enough values for a mean square
         (17, 200, 192, WIDE),
         (63, 72, 160, TALL),
         (5, 65, 96, Tile(64, 16, 2, split_k=8)),

@@ -1,0 +1,216 @@
+"""What the adapter asks of vLLM and promises it, without a server: names, take-over, and every layer of a model that vLLM's own loader
+built and filled, held against the dequantized matrix.
+
+Needs none of vLLM's compiled parts. `test_gpu_version.py` runs this file a second time, under the vLLM for GPUs on a machine without one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from integration_tests import foreign
+from integration_tests.compare import dequantized_model, quantized_model
+from qplugins.checkpoints.quantize import quantize
+from qplugins.layer_map import PRESETS, LayerMap
+
+vllm = pytest.importorskip("vllm")
+
+if "cpu" not in vllm.__version__ and not torch.cuda.is_available():
+    # vLLM for GPUs finds no platform here. The CPU's serves for all that is not compiled; it has to be there before anything asks.
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    torch.accelerator.empty_cache = lambda: None  # raises where there is no accelerator
+
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory, ensure_model_parallel_initialized, init_distributed_environment  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear  # noqa: E402
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding  # noqa: E402
+from vllm.model_executor.model_loader import get_model  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
+
+pytestmark = pytest.mark.timeout(300)
+
+EVERY_SHARD = r"""
+rules:
+  - {targets: ["re:.*q_proj$"], format: int4}
+  - {targets: ["re:.*k_proj$"], format: fp8}
+  - {targets: ["re:.*v_proj$"], format: bf16}
+  - {targets: ["re:.*o_proj$"], format: int4_g128_asym}
+  - {targets: ["re:.*gate_proj$"], format: mxfp4}
+  - {targets: ["re:.*up_proj$"], format: nvfp4}
+  - {targets: ["re:.*down_proj$"], format: int8}
+  - {targets: [Embedding], format: fp8}
+  - {targets: [lm_head], format: nvfp4}
+"""
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def config(folder: Path, quantization: str | None) -> VllmConfig:
+    return EngineArgs(
+        model=str(folder), quantization=quantization, dtype="float32", enforce_eager=True, max_model_len=128
+    ).create_engine_config()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins() -> None:
+    load_general_plugins()
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_llama, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "map.yaml").write_text(EVERY_SHARD)
+    quantize(tiny_llama, folder / "ckpt", LayerMap.from_yaml(folder / "map.yaml"))
+    return folder / "ckpt"
+
+
+@pytest.fixture(scope="module")
+def taken_over(tiny_llama, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("theirs") / "ckpt"
+    foreign.compress(tiny_llama, folder, "W4A16_ASYM")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[None]:
+    """A world of one rank."""
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('world')}/rendezvous", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+    yield
+    cleanup_dist_env_and_memory()
+
+
+def load(vllm_config: VllmConfig) -> torch.nn.Module:
+    with set_current_vllm_config(vllm_config):
+        return get_model(vllm_config=vllm_config)
+
+
+def test_the_version_is_the_one_that_is_meant():
+    assert vllm.__version__.startswith(os.environ.get("QPLUGINS_EXPECT_VLLM", ""))
+
+
+@pytest.mark.parametrize("name", ["qplugins", *(f"qplugins-{preset}" for preset in PRESETS)])
+def test_name_is_known(name):
+    from qplugins.vllm.config import MappedConfig
+
+    assert name in QUANTIZATION_METHODS
+    assert issubclass(get_quantization_config(name), MappedConfig)
+
+
+def test_loading_plugins_again_changes_nothing():
+    from qplugins.vllm.register import register
+
+    before = list(QUANTIZATION_METHODS)
+    register()
+    assert list(QUANTIZATION_METHODS) == before
+
+
+@pytest.mark.parametrize("quantization", ["qplugins", None])
+def test_compressed_tensors_is_taken_over_when_asked_and_only_then(taken_over, quantization):
+    found = config(taken_over, quantization)
+    assert found.model_config.quantization == (quantization or "compressed-tensors")
+    assert (type(found.quant_config).__module__ == "qplugins.vllm.config") == (quantization is not None)
+
+
+def test_plain_checkpoint_is_quantized_while_loading_when_asked(tiny_llama):
+    assert config(tiny_llama, "qplugins-nvfp4").quant_config.get_name() == "qplugins-nvfp4"
+    assert config(tiny_llama, None).quant_config is None
+
+
+@pytest.fixture(scope="module", params=["mixed", "taken_over", "while_loading"])
+def loaded(request, world, tiny_llama) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model as vLLM's loader leaves it, and the matrices that it should compute with."""
+    if request.param == "while_loading":
+        model, reference = load(config(tiny_llama, "qplugins-nvfp4")), quantized_model(tiny_llama, LayerMap.preset("nvfp4", 4))
+    else:
+        folder = request.getfixturevalue(request.param)
+        model, reference = load(config(folder, "qplugins")), dequantized_model(folder)
+    return model, {name.removesuffix(".weight"): p.detach() for name, p in reference.named_parameters()}
+
+
+def test_every_linear_layer_computes_with_its_dequantized_matrix(loaded):
+    model, want = loaded
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LinearBase)}
+    assert sum(isinstance(m, QKVParallelLinear) for m in layers.values()) == 4
+    torch.manual_seed(0)
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        w = torch.cat([want[f"{parent}.{part}"] for part in PARTS.get(leaf, (leaf,))])
+        x = torch.randn(3, w.shape[1])
+        y = layer.quant_method.apply(layer, x)
+        # both sum in float32, in another order
+        torch.testing.assert_close(y, x @ w.T, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_embedding_and_head_compute_with_their_dequantized_matrix(loaded):
+    model, want = loaded
+    seen = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, ParallelLMHead):
+            x = torch.randn(2, want["lm_head"].shape[1])
+            y = layer.quant_method.apply(layer, x)[:, : want["lm_head"].shape[0]]
+            torch.testing.assert_close(y, x @ want["lm_head"].T, rtol=1e-4, atol=1e-4)
+        elif isinstance(layer, VocabParallelEmbedding):
+            ids = torch.tensor([0, 1, 777, 49151])
+            torch.testing.assert_close(layer.quant_method.embedding(layer, ids), want[name][ids], rtol=1e-6, atol=0)
+        else:
+            continue
+        seen += 1
+    assert seen == 2
+
+
+def test_nothing_of_the_checkpoint_is_left_over(loaded):
+    model, _ = loaded
+    for name, layer in model.named_modules():
+        if isinstance(layer, LinearBase):
+            left = [p for p, t in layer.named_parameters() if t.numel() == 0 or t.device.type == "meta"]
+            assert not left, f"{name} keeps {left}"
+
+
+def edited(source: Path, target: Path, **quantization_config) -> Path:
+    """A copy of a checkpoint whose quantization_config has other entries; None takes the whole of it out."""
+    shutil.copytree(source, target)
+    described = json.loads((target / "config.json").read_text())
+    described["quantization_config"] |= quantization_config
+    (target / "config.json").write_text(json.dumps(described))
+    return target
+
+
+def test_plain_checkpoint_under_qplugins_is_refused(tiny_llama):
+    with pytest.raises(Exception, match="serves quantized checkpoints, and this one has no quantization_config"):
+        config(tiny_llama, "qplugins")
+
+
+def test_quantized_checkpoint_under_a_preset_is_refused(mixed):
+    with pytest.raises(Exception, match="quantizes plain checkpoints; this one has a quantization_config. Use --quantization qplugins"):
+        config(mixed, "qplugins-nvfp4")
+
+
+def test_checkpoint_of_another_method_is_refused(mixed, tmp_path):
+    with pytest.raises(Exception, match="reads checkpoints in the compressed-tensors layout; this one says quant_method 'gptq'"):
+        config(edited(mixed, tmp_path / "ckpt", quant_method="gptq"), "qplugins")
+
+
+def test_checkpoint_without_its_file_is_refused(mixed, tmp_path):
+    folder = edited(mixed, tmp_path / "ckpt")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(Exception, match="model-00002-of-00002.safetensors is missing"):
+        config(folder, "qplugins")
+
+
+def test_untested_version_is_a_warning_that_says_what_was_tested(monkeypatch):
+    from qplugins.vllm import compat
+
+    assert compat.untested() is None
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    assert "was tested with vLLM 0.32 to 0.33, this is 0.99.1" in compat.untested()

@@ -1,0 +1,97 @@
+"""Keeps README's tables equal to the code and to bench/results. `python tools/readme.py` rewrites them, `--check` only says whether they are.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from qplugins.formats import ALIASES, FORMATS
+from qplugins.layer_map import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+
+def markdown(header: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    header = list(header)
+    rows = [header, ["---"] * len(header), *([str(c) for c in line] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def formats() -> str:
+    """Every format: bits a weight of a 4096 x 4096 matrix, where its scales are, what a checkpoint calls it."""
+    lines = []
+    for f in FORMATS.values():
+        if not f.quantized:
+            lines.append((f"`{f.name}`", "16", "", "", "the matrix as it is"))
+            continue
+        scale = f"{f.group_size} columns" if f.group_size else "the matrix" if "tensor" in f.name or f.name == "fp8_static" else "a row"
+        activation = {None: "16 bit", "token": "FP8, a scale a token", "tensor": "FP8, one fixed scale"}[f.activation]
+        made = f"`{f.scheme['format']}`" + ("" if f.quantize else ", read only")
+        lines.append((f"`{f.name}`", f"{8 * f.nbytes(4096, 4096) / 4096**2:.2f}", scale, activation, made))
+    families = "; ".join(
+        f"`{a}` stands for the first of {', '.join(f'`{n}`' for n in names)} that fits a layer" for a, names in ALIASES.items()
+    )
+    return markdown(("format", "bits a weight", "one scale for", "activations", "in a checkpoint"), lines) + f"\n\n{families}."
+
+
+def presets() -> str:
+    return ", ".join(f"`{p}`" for p in PRESETS)
+
+
+def linear() -> str:
+    """The newest bench/results/linear.json: time relative to the fastest rival, by rows of x."""
+    file = RESULTS / "linear.json"
+    if not file.exists():
+        return "Not measured yet: `make bench`."
+    data = json.loads(file.read_text())
+    times: dict[tuple, dict[str, float]] = {}
+    for row in data["rows"]:
+        case = row["case"]
+        if row["us"]:
+            times.setdefault((case["format"], case["m"], case["n"], case["k"]), {})[row["impl"]] = row["us"]
+    impls = sorted({i for t in times.values() for i in t if i != "qplugins"})
+    lines = []
+    for fmt, m in sorted({(f, m) for f, m, _, _ in times}):
+        cell = [f"`{fmt}`", m]
+        for impl in impls:
+            ratios = [
+                t[impl] / t["qplugins"] for (f, mm, _, _), t in times.items() if (f, mm) == (fmt, m) and impl in t and "qplugins" in t
+            ]
+            cell.append(f"{statistics.geometric_mean(ratios):.2f}" if ratios else "")
+        lines.append(cell)
+    head = f"{data['device']}, torch {data['torch']}, Triton {data['triton']}, vLLM {data.get('vllm', '-')}, commit {data['commit']}."
+    table = markdown(("format", "rows", *(f"{i} / qplugins" for i in impls)), lines)
+    return f"{head} Time of the other over ours, geometric mean over the shapes; above 1 qplugins is faster.\n\n{table}"
+
+
+TABLES = {f.__name__: f for f in (formats, presets, linear)}
+
+
+def render(text: str) -> str:
+    def table(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
+
+
+def main() -> int:
+    text = README.read_text()
+    current = render(text)
+    if text == current:
+        return 0
+    if "--check" in sys.argv:
+        print("README.md's tables are not what the code and bench/results say; run python tools/readme.py")
+        return 1
+    README.write_text(current)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
