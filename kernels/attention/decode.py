@@ -1,0 +1,546 @@
+"""Decode: a few query tokens of each sequence against all of its pages.
+
+Everything happens in rotated space, and no value of a page is scaled or moved on its own. With a token's code c = code - 2 ** (bits - 1),
+
+    s[t, n] = ks[t] * (q[n] . c[t])  +  kz[t] * sum(q[n])  +  q[n] . mean(page)
+    o[n]    = sum_t p[t, n] * vs[t] * c_v[t]  +  sum_t p[t, n] * vz[t]
+
+and the decoded codes are c plus a constant (kv/tile.py), whose share comes off the sums: of q in the first line, of p * vs in the second.
+
+**Who does what.** The tensor core's first operand are the codes, 16 tokens (first product) or 16 of head_dim (second) a time, its second one
+q or p for N = 8 or more *rows*: a row is a query token of one of the query heads that share a KV head. A program is W warps; each warp
+takes W-th runs of every page on its own, with its own running maximum, and they meet at the end.
+
+**Who gets which pages.** The pages that all sequences have to read are numbered through, sequence after sequence, and shared out evenly to a
+fixed number of programs for each KV head, so a batch of one long and many short sequences is balanced, and a CUDA graph's launch fits every
+batch. A program that has all of a sequence writes its output. Otherwise it leaves its sums in the workspace, and the last of the sequence's
+programs to arrive adds them up, in order, so that the result does not depend on who was last.
+"""
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qplugins.kernels.common.device import INTERPRET, dot, round_to
+from qplugins.kernels.kv import tile
+from qplugins.kernels.kv.page import Page, _pow2
+
+LOG2E = 1.4426950408889634
+NOTHING = tl.constexpr(-1.0e30)  # a logit that is not seen; finite, so that differences of two of them are 0
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp2(x * 2.885390081777927) + 1.0)
+
+
+@triton.jit
+def _rotate_some(y, x, d, piece: tl.constexpr, C: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
+    """y [4U, N] + sqrt(BLOCK) * the share that x [d, N] has in a piece of x R, columns as the operand of keys has them, zero where there is none."""
+    column = tile.key_column(tl.arange(0, 4 * U), U, WIDE)
+    to = piece * C + column
+    if ROTATE:
+        sign = tile.rotation_sign(to[:, None], d[None, :], BLOCK)
+    else:
+        sign = tl.where(to[:, None] == d[None, :], 1.0, 0.0)
+    sign = tl.where(((column < C) & (to < D))[:, None], sign, 0.0)
+    if x.dtype == tl.float32:
+        return tl.dot(sign, x, y, input_precision="ieee")
+    else:
+        return dot(round_to(sign, x.dtype), x, y)  # products and, but for the last bits, sums are exact
+
+
+@triton.jit
+def _crossed(z0, z1, z2, z3, TWO: tl.constexpr):
+    """sum_i H_4[i, j] z_i for j = 0..3, or with H_2, twice the same two: what is left of R once each quarter (half) has been rotated by itself."""
+    if TWO:
+        return z0 + z1, z0 - z1, z0 + z1, z0 - z1
+    else:
+        a, b, c, d = z0 + z1, z0 - z1, z2 + z3, z2 - z3
+        return a + c, b + d, a - c, b - d
+
+
+@triton.jit
+def _query(q, tokens, heads, live, stride_q, stride_qh, d, D: tl.constexpr):
+    return tl.load(q + tokens[None, :] * stride_q + heads[None, :] * stride_qh + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def rotated_queries(
+    q, tokens, heads, live, stride_q, stride_qh, scale, C: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    KB: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scale * q R as four pieces float16 [4U, N] (twice the same two for 8 bits), their sum and the sum of what the codes' offsets add: float32 [N]."""
+    N: tl.constexpr = tokens.shape[0]
+    y0 = tl.zeros((4 * U, N), tl.float32)
+    y1 = tl.zeros((4 * U, N), tl.float32)
+    y2 = tl.zeros((4 * U, N), tl.float32)
+    y3 = tl.zeros((4 * U, N), tl.float32)
+    if ROTATE and D == BLOCK:
+        # H_b is a small Hadamard matrix of Hadamard matrices, so the pieces share one matrix of signs
+        d = tl.arange(0, C)
+        x0 = _query(q, tokens, heads, live, stride_q, stride_qh, d, D)
+        x1 = _query(q, tokens, heads, live, stride_q, stride_qh, C + d, D)
+        y0 = _rotate_some(y0, x0, d, 0, C, U, WIDE, C, ROTATE, C)
+        y1 = _rotate_some(y1, x1, d, 0, C, U, WIDE, C, ROTATE, C)
+        if KB != 8:
+            x2 = _query(q, tokens, heads, live, stride_q, stride_qh, 2 * C + d, D)
+            x3 = _query(q, tokens, heads, live, stride_q, stride_qh, 3 * C + d, D)
+            y2 = _rotate_some(y2, x2, d, 0, C, U, WIDE, C, ROTATE, C)
+            y3 = _rotate_some(y3, x3, d, 0, C, U, WIDE, C, ROTATE, C)
+        y0, y1, y2, y3 = _crossed(y0, y1, y2, y3, KB == 8)
+    else:
+        # a few of q's values at a time, since the matrix of signs is large
+        for i in range(0, DP, 32):
+            d = i + tl.arange(0, 32)
+            x = _query(q, tokens, heads, live, stride_q, stride_qh, d, D)
+            y0 = _rotate_some(y0, x, d, 0, C, U, WIDE, D, ROTATE, BLOCK)
+            y1 = _rotate_some(y1, x, d, 1, C, U, WIDE, D, ROTATE, BLOCK)
+            if KB != 8:
+                y2 = _rotate_some(y2, x, d, 2, C, U, WIDE, D, ROTATE, BLOCK)
+                y3 = _rotate_some(y3, x, d, 3, C, U, WIDE, D, ROTATE, BLOCK)
+    if ROTATE:
+        scale *= BLOCK**-0.5
+    q0, q1 = (y0 * scale).to(tl.float16), (y1 * scale).to(tl.float16)
+    total0, total1 = tl.sum(q0.to(tl.float32), 0), tl.sum(q1.to(tl.float32), 0)
+    q_sum = total0 + total1
+    offset = total0 * tile.key_offset(0, KB) + total1 * tile.key_offset(1, KB)
+    q2, q3 = q0, q1
+    if KB != 8:
+        q2, q3 = (y2 * scale).to(tl.float16), (y3 * scale).to(tl.float16)
+        total2, total3 = tl.sum(q2.to(tl.float32), 0), tl.sum(q3.to(tl.float32), 0)
+        q_sum += total2 + total3
+        offset += total2 * tile.key_offset(2, KB) + total3 * tile.key_offset(3, KB)
+    return q0, q1, q2, q3, q_sum, offset
+
+
+@triton.jit
+def _mean_piece(mean, piece: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """float16 [W, 16, 4U]: a piece of the page's mean in each of 16 rows. Each lane reads just what it has of such a row, two values at a time."""
+    p = tl.arange(0, JP)[None, None, :, None, None]
+    b = tl.arange(0, 4)[None, None, None, None, :]
+    i = tl.arange(0, WIDE // 2)[None, None, None, :, None]
+    d = piece * C + p * (4 * WIDE) + b * WIDE + 2 * i
+    pairs = mean.to(tl.pointer_type(tl.int32)) + d // 2
+    if JP == PIECES and D % C == 0:
+        x = tl.load(pairs)
+    else:
+        x = tl.load(pairs, mask=(p < PIECES) & (d < D), other=0)
+    x = tl.join(x.to(tl.int16).to(tl.float16, bitcast=True), (x >> 16).to(tl.int16).to(tl.float16, bitcast=True))
+    x = x.reshape(1, 1, 4 * JP * WIDE)
+    return round_to(tl.broadcast_to(x, (W, 16, 4 * JP * WIDE)).to(tl.float32), tl.float16)
+
+
+@triton.jit
+def _leave(sums, slot, piece: tl.constexpr, x, live, NPV: tl.constexpr, VU: tl.constexpr, N: tl.constexpr):
+    r = tl.arange(0, 4 * VU)
+    tl.store(sums + slot * (NPV * 4 * VU * N) + (piece * 4 * VU + r[:, None]) * N + tl.arange(0, N)[None, :], x, mask=live[None, :])
+
+
+@triton.jit
+def _left(sums, slot, piece: tl.constexpr, fade, real, live, NPV: tl.constexpr, VU: tl.constexpr, N: tl.constexpr):
+    """float32 [4 VU, N]: a piece of what the program of a slot has left, times `fade` [N]."""
+    r = tl.arange(0, 4 * VU)
+    at = sums + slot * (NPV * 4 * VU * N) + (piece * 4 * VU + r[:, None]) * N + tl.arange(0, N)[None, :]
+    return tl.load(at, mask=(real & live)[None, :], other=0.0, cache_modifier=".cg") * fade[None, :]
+
+
+@triton.jit
+def _rotate_back(
+    y, x, to, piece: tl.constexpr, C: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """y[to, n] + sqrt(BLOCK) * sum_r R[to, d(r)] x[r, n]: a piece of the output in the model's space."""
+    column = tile.value_column(tl.arange(0, 4 * U), WIDE)
+    d = piece * C + column
+    sign = tl.where(((column < C) & (d < D))[None, :], tile.rotation_sign(to[:, None], d[None, :], BLOCK), 0.0)
+    return tl.dot(sign, x, y, input_precision="tf32" if PTX else "ieee")
+
+
+@triton.jit
+def _store(out, x, tokens, hq, live, stride_o, stride_oh, d, real):
+    to = out + tokens[None, :] * stride_o + hq[None, :] * stride_oh + d[:, None]
+    tl.store(to, x.to(out.dtype.element_ty), mask=live[None, :] & real[:, None])
+
+
+@triton.jit
+def store_output(
+    out, a0, a1, a2, a3, norm, tokens, hq, live, stride_o, stride_oh, C: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    VB: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """out[token, hq] = norm * (a0, a1, a2, a3) R: the pieces [4U, N] of the sum over values, rows as their operand has them."""
+    N: tl.constexpr = tokens.shape[0]
+    if ROTATE:
+        norm *= BLOCK**-0.5
+    a0 *= norm[None, :]
+    a1 *= norm[None, :]
+    a2 *= norm[None, :]
+    a3 *= norm[None, :]
+    if ROTATE and D == BLOCK:
+        a0, a1, a2, a3 = _crossed(a0, a1, a2, a3, VB == 8)
+        to = tl.arange(0, C)
+        zero = tl.zeros((C, N), tl.float32)
+        _store(out, _rotate_back(zero, a0, to, 0, C, U, WIDE, C, C, PTX), tokens, hq, live, stride_o, stride_oh, to, to < C)
+        _store(out, _rotate_back(zero, a1, to, 0, C, U, WIDE, C, C, PTX), tokens, hq, live, stride_o, stride_oh, C + to, to < C)
+        if VB != 8:
+            _store(out, _rotate_back(zero, a2, to, 0, C, U, WIDE, C, C, PTX), tokens, hq, live, stride_o, stride_oh, 2 * C + to, to < C)
+            _store(out, _rotate_back(zero, a3, to, 0, C, U, WIDE, C, C, PTX), tokens, hq, live, stride_o, stride_oh, 3 * C + to, to < C)
+    elif ROTATE:
+        for i in range(0, DP, 32):
+            to = i + tl.arange(0, 32)
+            y = _rotate_back(tl.zeros((32, N), tl.float32), a0, to, 0, C, U, WIDE, D, BLOCK, PTX)
+            y = _rotate_back(y, a1, to, 1, C, U, WIDE, D, BLOCK, PTX)
+            if VB != 8:
+                y = _rotate_back(y, a2, to, 2, C, U, WIDE, D, BLOCK, PTX)
+                y = _rotate_back(y, a3, to, 3, C, U, WIDE, D, BLOCK, PTX)
+            _store(out, y, tokens, hq, live, stride_o, stride_oh, to, to < D)
+    else:
+        column = tile.value_column(tl.arange(0, 4 * U), WIDE)
+        real = column < C
+        _store(out, a0, tokens, hq, live, stride_o, stride_oh, column, real & (column < D))
+        _store(out, a1, tokens, hq, live, stride_o, stride_oh, C + column, real & (C + column < D))
+        if VB != 8:
+            _store(out, a2, tokens, hq, live, stride_o, stride_oh, 2 * C + column, real & (2 * C + column < D))
+            _store(out, a3, tokens, hq, live, stride_o, stride_oh, 3 * C + column, real & (3 * C + column < D))
+
+
+@triton.jit
+def decode_kernel(
+    q, pages, block_table, seq_lens, query_start_loc, sums, ends, counters, out, lse, sink_logits,
+    B, stride_q, stride_qh, stride_p, stride_ph, stride_bt, stride_o, stride_oh, stride_lse, scale, soft_cap,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SINK: tl.constexpr, MIN_PAGES: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    MEAN: tl.constexpr, ROTATE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KC: tl.constexpr, K_PIECES: tl.constexpr, K_JP: tl.constexpr, K_A: tl.constexpr, K_N: tl.constexpr, K_WIDE: tl.constexpr,
+    VC: tl.constexpr, V_PIECES: tl.constexpr, V_JP: tl.constexpr, V_A: tl.constexpr, V_N: tl.constexpr, V_WIDE: tl.constexpr,
+    HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
+    CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
+    ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
+    W: tl.constexpr, T: tl.constexpr, N: tl.constexpr, BB: tl.constexpr, CB: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """out[i, hq] and lse[i, hq] of ref.decode. Program (s, h, r): the s-th share of pages of KV head h, for its r-th N rows.
+
+    sums      float32 [r, h, s, 2, V pieces, 4 VU, N]      what a program leaves of a sequence that is not its own alone: first and last one
+    ends      float32 [r, h, s, 2, 2, N]                   the maximum and the denominator that go with them
+    counters  int32 [r, h, B], zeros                       programs that have left their sums
+    """
+    KU: tl.constexpr = K_JP * K_WIDE
+    VU: tl.constexpr = V_JP * V_WIDE
+    NPV: tl.constexpr = 2 if VB == 8 else 4
+    K8: tl.constexpr = KB == 8
+    V8: tl.constexpr = VB == 8
+    share, shares = tl.program_id(0), tl.num_programs(0)
+    h, heads = tl.program_id(1), tl.num_programs(1)
+    block_row = tl.program_id(2) * heads + h
+
+    # the pages of all sequences, numbered through
+    each = tl.arange(0, BB)
+    here = each < B
+    lens = tl.load(seq_lens + each, mask=here, other=0)
+    asked = tl.load(query_start_loc + each + 1, mask=here, other=0) - tl.load(query_start_loc + each, mask=here, other=0)
+    count = tl.cdiv(lens, P)
+    if WINDOW > 0:
+        count -= tl.maximum(lens - asked + 1 - WINDOW, 0) // P
+    count = tl.where(asked > 0, tl.maximum(count, 1), 0)
+    stops = tl.cumsum(count, 0)
+    total = tl.sum(count, 0)
+    chunk = tl.maximum(tl.cdiv(total, shares), MIN_PAGES)
+    at = share * chunk
+    last = tl.minimum(at + chunk, total)
+
+    mask = tile.nibble(stride_p)
+    n = tl.program_id(2) * N + tl.arange(0, N)
+    while at < last:
+        b = tl.sum((stops <= at).to(tl.int32), 0)
+        stop = tl.sum(tl.where(each == b, stops, 0), 0)
+        start = stop - tl.sum(tl.where(each == b, count, 0), 0)
+        length = tl.load(seq_lens + b)
+        first_token = tl.load(query_start_loc + b)
+        queries = tl.load(query_start_loc + b + 1) - first_token
+        first_page = 0
+        if WINDOW > 0:
+            first_page = tl.maximum(length - queries + 1 - WINDOW, 0) // P
+        p0 = first_page + at - start
+        p1 = first_page + tl.minimum(last, stop) - start
+
+        live = n < queries * GROUP
+        tokens = (first_token + n // GROUP).to(tl.int64)
+        hq = h * GROUP + n % GROUP
+        until = length - queries + n // GROUP  # the row's own position
+        since = tl.zeros((N,), tl.int32)
+        if WINDOW > 0:
+            since = tl.maximum(until - (WINDOW - 1), 0)
+
+        q0, q1, q2, q3, q_sum, offset = rotated_queries(q, tokens, hq, live, stride_q, stride_qh, scale, KC, KU, K_WIDE, D, DP, KB, ROTATE, BLOCK_K)
+        qw0 = tl.broadcast_to(q0[None, :, :], (W, 4 * KU, N))
+        qw1 = tl.broadcast_to(q1[None, :, :], (W, 4 * KU, N))
+        qw2 = tl.broadcast_to(q2[None, :, :], (W, 4 * KU, N))
+        qw3 = tl.broadcast_to(q3[None, :, :], (W, 4 * KU, N))
+
+        m = tl.full((W, N), NOTHING, tl.float32)
+        denominators = tl.zeros((W, 8, N), tl.float32)  # summed over every eighth token
+        zeros = tl.zeros((W, 8, N), tl.float32)
+        o0 = tl.zeros((W, 4 * VU, N), tl.float32)
+        o1 = tl.zeros((W, 4 * VU, N), tl.float32)
+        o2 = tl.zeros((W, 4 * VU, N), tl.float32)
+        o3 = tl.zeros((W, 4 * VU, N), tl.float32)
+        if S > 0:
+            if p0 == 0:
+                # the sequence's first tokens, from their rows: what the first warp starts from
+                first = pages + tl.load(block_table + b.to(tl.int64) * stride_bt).to(tl.int64) * stride_p + h.to(tl.int64) * stride_ph
+                row = tl.arange(0, SP)
+                row_stored = (row < S) & (row < length)
+                pair = (first + ROW_SCALES).to(tl.pointer_type(tl.int32)) + row
+                row_ks, row_kz = tile.scale_and_zero(tl.load(pair, mask=row_stored, other=0))
+                row_vs, row_vz = tile.scale_and_zero(tl.load(pair + S, mask=row_stored, other=0))
+                row_raw = tl.zeros((SP, N), tl.float32)
+                row_raw = dot(tile.row_keys(first + ROWS_K, row, row_stored, 0, KC, KU, K_WIDE, D), q0, row_raw)
+                row_raw = dot(tile.row_keys(first + ROWS_K, row, row_stored, 1, KC, KU, K_WIDE, D), q1, row_raw)
+                if not K8:
+                    row_raw = dot(tile.row_keys(first + ROWS_K, row, row_stored, 2, KC, KU, K_WIDE, D), q2, row_raw)
+                    row_raw = dot(tile.row_keys(first + ROWS_K, row, row_stored, 3, KC, KU, K_WIDE, D), q3, row_raw)
+                row_s = row_raw * row_ks[:, None] + row_kz[:, None] * q_sum[None, :]
+                if SOFT_CAP:
+                    row_s = soft_cap * _tanh(row_s / soft_cap)
+                row_s = tl.where(row_stored[:, None] & (row[:, None] <= until[None, :]) & (row[:, None] >= since[None, :]), row_s, NOTHING)
+                row_top = tl.max(row_s, 0)
+                row_e = tl.exp2(row_s - row_top[None, :])
+                row_weight = round_to(row_e * row_vs[:, None], tl.bfloat16)
+                warp = tl.arange(0, W)[:, None, None]
+                m = tl.where(tl.arange(0, W)[:, None] == 0, row_top[None, :], NOTHING)
+                eighth = (warp == 0) & (tl.arange(0, 8)[None, :, None] == 0)
+                denominators = tl.where(eighth, tl.sum(row_e, 0)[None, None, :], 0.0)
+                zeros = tl.where(eighth, tl.sum(row_e * row_vz[:, None], 0)[None, None, :], 0.0)
+                empty = tl.zeros((4 * VU, N), tl.float32)
+                o0 = tl.where(warp == 0, dot(tile.row_values(first + ROWS_V, row, row_stored, 0, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :], 0.0)
+                o1 = tl.where(warp == 0, dot(tile.row_values(first + ROWS_V, row, row_stored, 1, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :], 0.0)
+                if not V8:
+                    o2 = tl.where(warp == 0, dot(tile.row_values(first + ROWS_V, row, row_stored, 2, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :], 0.0)
+                    o3 = tl.where(warp == 0, dot(tile.row_values(first + ROWS_V, row, row_stored, 3, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :], 0.0)
+        in_page = tl.arange(0, W)[:, None] * T + tl.arange(0, T)[None, :]
+        not_before = tl.maximum(since, S)  # sinks are read from their rows
+
+        for p in range(p0, tl.minimum(p1, tl.cdiv(length, P))):
+            page = pages + tl.load(block_table + b.to(tl.int64) * stride_bt + p).to(tl.int64) * stride_p + h.to(tl.int64) * stride_ph
+            t = p * P + in_page
+            stored = t < length
+            kp = tl.load((page + SCALES_K).to(tl.pointer_type(tl.int32)) + in_page, mask=stored, other=0)
+            vp = tl.load((page + SCALES_V).to(tl.pointer_type(tl.int32)) + in_page, mask=stored, other=0)
+            xk, xh = tile.load_keys(
+                (page + CODES_K).to(tl.pointer_type(tl.int16)), (page + HIGH_K).to(tl.pointer_type(tl.int16)), KB, K_PIECES, K_JP, K_A, K_N, K_WIDE,
+                HIGH_A, HIGH_N, HIGH_WIDE, W,
+            )  # fmt: skip
+            # two sums side by side: a warp waits for each product before it adds the next
+            nil = tl.zeros((W, T, N), tl.float32)
+            raw = dot(tile.keys(xk, xh, 0, mask, KB, W, T, KU, PTX), qw0, nil)
+            other = dot(tile.keys(xk, xh, 1, mask, KB, W, T, KU, PTX), qw1, nil)
+            if not K8:
+                raw = dot(tile.keys(xk, xh, 2, mask, KB, W, T, KU, PTX), qw2, raw)
+                other = dot(tile.keys(xk, xh, 3, mask, KB, W, T, KU, PTX), qw3, other)
+            raw += other
+            ks, kz = tile.scale_and_zero(kp)
+            s = (raw - offset[None, None, :]) * ks[:, :, None] + kz[:, :, None] * q_sum[None, None, :]
+            if MEAN:
+                mean = (page + MEAN_K).to(tl.pointer_type(tl.float16))
+                none = tl.zeros((W, 16, N), tl.float32)
+                shift = dot(_mean_piece(mean, 0, KC, K_PIECES, K_JP, K_WIDE, D, W), qw0, none)
+                more = dot(_mean_piece(mean, 1, KC, K_PIECES, K_JP, K_WIDE, D, W), qw1, none)
+                if not K8:
+                    shift += dot(_mean_piece(mean, 2, KC, K_PIECES, K_JP, K_WIDE, D, W), qw2, none)
+                    more += dot(_mean_piece(mean, 3, KC, K_PIECES, K_JP, K_WIDE, D, W), qw3, none)
+                shift += more
+                # its 16 rows are alike, as are the tile's rows that they are added to
+                s = (s.reshape(W, T // 16, 16, N) + shift[:, None, :, :]).reshape(W, T, N)
+            if SOFT_CAP:
+                s = soft_cap * _tanh(s / soft_cap)
+            s = tl.where((t[:, :, None] <= until[None, None, :]) & (t[:, :, None] >= not_before[None, None, :]), s, NOTHING)
+
+            m_new = tl.maximum(m, tl.max(s, 1))
+            fade = tl.exp2(m - m_new)
+            m = m_new
+            e = tl.exp2(s - m[:, None, :])
+            denominators = denominators * fade[:, None, :] + tl.sum(e.reshape(W, T // 8, 8, N), 1)
+            vs, vz = tile.scale_and_zero(vp)
+            weight = round_to(e * vs[:, :, None], tl.bfloat16)
+            z = e * vz[:, :, None]
+            if not V8:
+                z -= tile.value_offset(VB) * weight.to(tl.float32)
+            zeros = zeros * fade[:, None, :] + tl.sum(z.reshape(W, T // 8, 8, N), 1)
+
+            xv = tile.load_values((page + CODES_V).to(tl.pointer_type(tl.int16)), V_PIECES, V_JP, V_A, V_N, V_WIDE, W)
+            o0 = dot(tile.values(xv, 0, mask, VB, PTX), weight, o0 * fade[:, None, :])
+            o1 = dot(tile.values(xv, 1, mask, VB, PTX), weight, o1 * fade[:, None, :])
+            if not V8:
+                o2 = dot(tile.values(xv, 2, mask, VB, PTX), weight, o2 * fade[:, None, :])
+                o3 = dot(tile.values(xv, 3, mask, VB, PTX), weight, o3 * fade[:, None, :])
+
+        # the warps meet
+        top = tl.max(m, 0)
+        fade = tl.exp2(m - top[None, :])
+        denominator = tl.sum(tl.sum(denominators, 1) * fade, 0)
+        zero = tl.sum(tl.sum(zeros, 1) * fade, 0)
+        a0 = tl.sum(o0 * fade[:, None, :], 0) + zero[None, :]
+        a1 = tl.sum(o1 * fade[:, None, :], 0) + zero[None, :]
+        a2, a3 = a0, a1
+        if not V8:
+            a2 = tl.sum(o2 * fade[:, None, :], 0) + zero[None, :]
+            a3 = tl.sum(o3 * fade[:, None, :], 0) + zero[None, :]
+
+        one = start // chunk
+        parts = (stop - 1) // chunk - one + 1  # programs that this sequence is shared out to
+        arrived = parts - 1
+        if parts > 1:
+            slot = ((block_row * shares + share) * 2 + (share == one).to(tl.int32)).to(tl.int64)
+            _leave(sums, slot, 0, a0, live, NPV, VU, N)
+            _leave(sums, slot, 1, a1, live, NPV, VU, N)
+            if not V8:
+                _leave(sums, slot, 2, a2, live, NPV, VU, N)
+                _leave(sums, slot, 3, a3, live, NPV, VU, N)
+            ns = tl.arange(0, N)
+            tl.store(ends + slot * (2 * N) + ns, top)
+            tl.store(ends + slot * (2 * N) + N + ns, denominator)
+            tl.debug_barrier()  # all of the program's threads have stored before one of them says so
+            arrived = tl.atomic_add(counters + block_row * B + b, 1, sem="acq_rel")
+            if arrived == parts - 1:
+                denominator = tl.zeros((N,), tl.float32)
+                a0 = tl.zeros((4 * VU, N), tl.float32)
+                a1 = tl.zeros((4 * VU, N), tl.float32)
+                a2 = tl.zeros((4 * VU, N), tl.float32)
+                a3 = tl.zeros((4 * VU, N), tl.float32)
+                part = tl.arange(0, CB)
+                slots = ((block_row * shares + one + part) * 2 + (part == 0).to(tl.int32)).to(tl.int64)
+                end = ends + slots[:, None] * (2 * N) + ns[None, :]
+                top = tl.max(tl.load(end, mask=(part < parts)[:, None], other=NOTHING, cache_modifier=".cg"), 0)
+                for i in range(0, parts, 4):
+                    for j in tl.static_range(4):  # their loads do not wait for one another
+                        real = i + j + 0 * ns < parts
+                        slot = ((block_row * shares + one + i + j) * 2 + tl.where(i + j == 0, 1, 0)).to(tl.int64)
+                        end_of_part = ends + slot * (2 * N) + ns
+                        part_fade = tl.exp2(tl.load(end_of_part, mask=real, other=NOTHING, cache_modifier=".cg") - top)
+                        denominator += tl.load(end_of_part + N, mask=real, other=0.0, cache_modifier=".cg") * part_fade
+                        a0 += _left(sums, slot, 0, part_fade, real, live, NPV, VU, N)
+                        a1 += _left(sums, slot, 1, part_fade, real, live, NPV, VU, N)
+                        if not V8:
+                            a2 += _left(sums, slot, 2, part_fade, real, live, NPV, VU, N)
+                            a3 += _left(sums, slot, 3, part_fade, real, live, NPV, VU, N)
+                tl.store(counters + block_row * B + b, 0)
+
+        if arrived == parts - 1:
+            if HAS_SINK:
+                logit = tl.load(sink_logits + hq).to(tl.float32) * 1.4426950408889634
+                sink_top = tl.maximum(top, logit)
+                sink_fade = tl.exp2(top - sink_top)
+                top = sink_top
+                denominator = denominator * sink_fade + tl.exp2(logit - top)
+            else:
+                sink_fade = tl.full((N,), 1.0, tl.float32)
+            seen = top > NOTHING
+            norm = tl.where(seen, sink_fade / denominator, 0.0)
+            if HAS_LSE:
+                tl.store(lse + tokens * stride_lse + hq, tl.where(seen, (top + tl.log2(denominator)) * 0.6931471805599453, float("-inf")), mask=live)
+            store_output(out, a0, a1, a2, a3, norm, tokens, hq, live, stride_o, stride_oh, VC, VU, V_WIDE, DV, DVP, VB, ROTATE, BLOCK_V, PTX)
+        at = start + p1 - first_page
+
+
+# ---- launch
+
+MIN_ROWS = 8 if torch.version.hip is None else 16  # the tensor core's least
+MAX_ROWS = 16  # rows of a program; more are shared out to several, which read the pages again
+
+
+def rows_of(group: int, max_query_len: int) -> tuple[int, int]:
+    """(N, how many programs share a KV head's rows)."""
+    rows = group * max_query_len
+    n = min(max(_pow2(rows), MIN_ROWS), MAX_ROWS)
+    return n, -(-rows // n)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """programs per multiprocessor, a KV head's shares of the pages come from it; stages of loads; registers a thread may have (None: any);
+    tokens of a page that a warp takes."""
+
+    programs: int
+    stages: int
+    registers: int | None = None
+    tokens: int = 32
+
+
+def launch_of(page: Page, n: int) -> Launch:
+    """Found by bench/attention.py on an H100: what fits the registers of two warps for each of a multiprocessor's four schedulers."""
+    light = page.k_bits == page.v_bits == 4 and page.head_dim <= 128 and page.v_head_dim <= 128 and n == MIN_ROWS
+    return Launch(4, 6, tokens=64) if light and page.page_size == 128 else Launch(2 * 128 // page.page_size, 6)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def shares_of(device: torch.device, blocks: int, launch: Launch) -> int:
+    """Programs that a KV head's pages (for one block of rows) are shared out to: together one wave."""
+    return max(1, _multiprocessors(device) * launch.programs // blocks)
+
+
+def _sizes(shares: int, n: int, blocks: int, page: Page, batch: int) -> tuple[int, int, int]:
+    """float32 of `sums` and of `ends`, int32 of `counters`."""
+    slots = blocks * shares * 2
+    v = page.v
+    values = (2 if page.v_bits == 8 else 4) * 4 * _pow2(v.pieces) * v.w
+    return slots * values * n, slots * 2 * n, blocks * batch
+
+
+def workspace_bytes(max_batch: int, num_heads: int, num_kv_heads: int, page: Page, max_query_len: int, device: torch.device) -> int:
+    if device.type == "cpu" and not INTERPRET.value:
+        return 16
+    sizes = []
+    for queries in range(1, max_query_len + 1):
+        n, blocks = rows_of(num_heads // num_kv_heads, queries)
+        sums, ends, counters = _sizes(shares_of(device, num_kv_heads * blocks, launch_of(page, n)), n, num_kv_heads * blocks, page, max_batch)
+        sizes.append(-(-4 * counters // 256) * 256 + 4 * (sums + ends))
+    return max(sizes)
+
+
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    workspace: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    page: Page,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    launch: Launch | None = None,
+) -> None:
+    """See op.py."""
+    batch, heads = seq_lens.shape[0], pages.shape[1]
+    group = q.shape[1] // heads
+    launch = launch or launch_of(page, rows_of(group, max_query_len)[0])
+    runs = tile.runs_of(page, launch.tokens)
+    n, blocks = rows_of(group, max_query_len)
+    shares = min(shares_of(q.device, heads * blocks, launch), batch * triton.cdiv(max_seq_len, page.page_size))
+    sums, ends, counters = _sizes(shares, n, heads * blocks, page, batch)
+    head = -(-4 * counters // 256) * 256
+    if workspace.numel() < head + 4 * (sums + ends):
+        raise ValueError(f"the workspace has {workspace.numel()} bytes and {head + 4 * (sums + ends)} are needed; see decode_workspace")
+    floats = workspace[head : head + 4 * (sums + ends)].view(torch.float32)
+    out = out.view(q.shape[0], q.shape[1], page.v_head_dim)
+    registers = {"maxnreg": launch.registers} if tile.PTX and launch.registers else {}
+    decode_kernel[(shares, heads, blocks)](
+        q, pages, block_table, seq_lens, query_start_loc, floats, floats[sums:], workspace[: 4 * counters].view(torch.int32), out,
+        floats if lse is None else lse, floats if sink_logits is None else sink_logits,
+        batch, q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1),
+        0 if lse is None else lse.stride(0), scale * LOG2E, soft_cap * LOG2E,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, HAS_LSE=lse is not None, HAS_SINK=sink_logits is not None, MIN_PAGES=1,
+        SP=max(16, _pow2(page.sinks) if page.sinks else 0), W=runs, T=page.page_size // runs, N=n, BB=_pow2(batch), CB=_pow2(shares), PTX=tile.PTX,
+        num_warps=runs, num_stages=launch.stages, **tile.page_constants(page, runs), **registers,
+    )  # fmt: skip

@@ -1,0 +1,237 @@
+"""The Triton kernels against the references."""
+
+import math
+
+import pytest
+import torch
+from sequences import Batch, keys_and_values, rel, starts
+
+from qplugins.kernels.attention import decode as decode_kernel
+from qplugins.kernels.attention import merge as merge_kernel
+from qplugins.kernels.attention import prefill as prefill_kernel
+from qplugins.kernels.attention import ref as attention
+from qplugins.kernels.common.device import INTERPRET
+from qplugins.kernels.kv import gather as gather_kernel
+from qplugins.kernels.kv import ref
+from qplugins.kernels.kv import write as write_kernel
+from qplugins.kernels.kv.page import Page
+from qplugins.kv import get_layout
+
+# float32 queries keep what is compared to the kernel's own roundings: q to float16 and p * v_scale to bfloat16, an eps of 2 ** -11 and 2 ** -8,
+# each off by eps / 4 in the mean, and averaged over the tokens
+TOLERANCE = 2.0**-9
+# a logit is a sum of D products of q, each rounded by 2 ** -12 in the mean: |q| |k| scale 2 ** -12, and the logits here go up to 30
+LSE = 0.03
+
+
+def page_of(layout: str, head_dim: int, page_size: int = 128) -> Page:
+    return get_layout(layout).page(head_dim, page_size)
+
+
+def run_decode(batch, queries, group, device, *, window=0, soft_cap=0.0, sink=False, dtype=torch.float32, launch=None):
+    page, lens = batch.page, batch.lens
+    heads, tokens, spare = batch.pages.shape[1], sum(queries), 2
+    q = torch.randn(tokens + spare, heads * group, page.head_dim).to(dtype)
+    cu, seq_lens = starts(queries), torch.tensor(lens, dtype=torch.int32)
+    logits = torch.randn(heads * group) if sink else None
+    scale = page.head_dim**-0.5
+    out = torch.full((tokens + spare, heads * group, page.v_head_dim), torch.nan, dtype=dtype, device=device)
+    lse = torch.full(out.shape[:2], torch.nan, device=device)
+    n = decode_kernel.workspace_bytes(len(lens), heads * group, heads, page, max(queries), device) if launch is None else 1 << 22
+    workspace = torch.zeros(n, dtype=torch.uint8, device=device)
+    args = [x.to(device) for x in (q, batch.pages, batch.block_table, seq_lens, cu)]
+    for _ in range(2):  # a second time on the workspace as the first left it
+        decode_kernel.decode(
+            *args, workspace, out, lse, page, max(queries), max(lens), scale, window, soft_cap, None if logits is None else logits.to(device), launch
+        )
+        if INTERPRET.value:
+            break
+    want, want_lse = attention.decode(q.float(), batch.pages, batch.block_table, seq_lens, cu, page, scale, window, soft_cap, logits)
+    out, lse = out.cpu(), lse.cpu()
+    assert out[tokens:].isnan().all() and lse[tokens:].isnan().all(), "written past the last token"
+    seen = want_lse[:tokens].isfinite()
+    assert not out[:tokens][~seen].any() and (lse[:tokens][~seen] == -math.inf).all()
+    assert rel(out[:tokens], want[:tokens]) < max(TOLERANCE, torch.finfo(dtype).eps)
+    assert (lse[:tokens] - want_lse[:tokens])[seen].abs().max() < LSE
+
+
+HEADS = [("int4_sink", d) for d in (64, 80, 96, 128, 192, 256)] + [(name, d) for name in ("k5v4_sink", "k8v4_sink", "int8_sink") for d in (64, 96, 128)]
+
+
+@pytest.mark.parametrize("page_size", [64, 128])
+@pytest.mark.parametrize(("layout", "head_dim"), HEADS + [("k5v4_sink", 80), ("k5v4_sink", 256), ("k8v4_sink", 80)])
+def test_decode_of_every_page(layout, head_dim, page_size, device):
+    run_decode(Batch.filled(page_of(layout, head_dim, page_size), [page_size + 3], 1), [1], 2, device)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 33])
+def test_decode_of_any_group(group, device):
+    run_decode(Batch.filled(page_of("int4_sink", 64), [131], 1), [1], group, device)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 63, 64, 127, 128, 129])
+def test_decode_of_any_tail(tokens, device):
+    run_decode(Batch.filled(page_of("int4_sink", 64), [tokens], 1), [1], 4, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_decode_of_a_ragged_batch_with_padding(dtype, device):
+    run_decode(Batch.filled(page_of("int4_sink", 64), [700, 1, 0, 130, 64], 2), [1, 1, 1, 1, 0], 4, device, dtype=dtype)
+
+
+@pytest.mark.parametrize("launch", [decode_kernel.Launch(7, 2, None, 32), decode_kernel.Launch(1, 2, None, 64), decode_kernel.Launch(1, 2, None, 128)], ids=str)
+def test_decode_shared_out_in_any_way(launch, device):
+    run_decode(Batch.filled(page_of("int4_sink", 64), [520, 3, 250], 1), [1, 1, 1], 4, device, launch=launch)
+
+
+@pytest.mark.parametrize(("layout", "window", "soft_cap", "sink"), [("int4_sink", 70, 0.0, False), ("k5v4_sink", 0, 5.0, False), ("int8_sink", 3, 0.0, True)])
+def test_decode_of_several_queries(layout, window, soft_cap, sink, device):
+    run_decode(Batch.filled(page_of(layout, 64), [270, 40, 8], 1), [8, 1, 8], 3, device, window=window, soft_cap=soft_cap, sink=sink)
+
+
+def test_decode_leaves_pages_before_the_window_alone(device):
+    batch = Batch.filled(page_of("int4_sink", 64, 64), [300], 1)
+    batch.block_table[0, :3] = 1 << 20  # freed: reading one would fail, or be far out
+    page = batch.page
+    q, cu, lens = torch.randn(1, 2, 64), starts([1]), torch.tensor([300], dtype=torch.int32)
+    out = torch.full((1, 2, 64), torch.nan, device=device)
+    workspace = torch.zeros(decode_kernel.workspace_bytes(1, 2, 1, page, 1, device), dtype=torch.uint8, device=device)
+    args = [x.to(device) for x in (q, batch.pages, batch.block_table, lens, cu)]
+    decode_kernel.decode(*args, workspace, out, None, page, 1, 300, 0.125, window=100)
+    want, _ = attention.decode(q, batch.pages, batch.block_table, lens, cu, page, 0.125, window=100)
+    assert rel(out, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("page", ["k4v4,d64,p64,s0", "k4v4,d64,p64,s1", "k4v4,d64,p64,s16", "k4v4,d64,p64,s4,nomean", "k4v4,d64,p64,s4,norot", "k4v4,d64/128,p64,s4"])
+def test_decode_of_ablations_and_two_head_dims(page, device):
+    run_decode(Batch.filled(Page.parse(page), [70], 1), [1], 2, device)
+
+
+def test_decode_says_when_the_workspace_is_too_small(device):
+    batch = Batch.filled(page_of("int4_sink", 64), [20], 1)
+    args = [x.to(device) for x in (torch.randn(1, 1, 64), batch.pages, batch.block_table, torch.tensor([20], dtype=torch.int32), starts([1]))]
+    with pytest.raises(ValueError, match="decode_workspace"):
+        decode_kernel.decode(*args, torch.zeros(16, dtype=torch.uint8, device=device), torch.empty(1, 1, 64, device=device), None, batch.page, 1, 20, 1.0)
+
+
+def run_write(page: Page, steps: list[list[int]], device, *, heads=2, dtype=torch.float32, drop=()):
+    """Batches of new tokens, one after the other, by kernel and reference; what they leave has to be the same page."""
+    lens = [sum(step[b] for step in steps) for b in range(len(steps[0]))]
+    batch = Batch.empty(page, lens, heads)
+    batch.block_table[batch.block_table == 1 << 20] = 0
+    got, want = batch.pages.to(device), batch.pages.clone()
+    at = [0] * len(lens)
+    for step in steps:
+        k, v = (x.to(dtype) for x in keys_and_values(sum(step) + 3, heads, page))
+        slots = torch.cat([batch.slots(b, at[b], at[b] + n) for b, n in enumerate(step)] + [torch.full((3,), -1)])
+        slots[list(drop)] = -1
+        at = [a + n for a, n in zip(at, step, strict=True)]
+        meta = slots, starts(step), torch.tensor(at, dtype=torch.int32), batch.block_table
+        ref.write(want, k, v, *meta, page)
+        write_kernel.write(got, k.to(device), v.to(device), *(x.to(device) for x in meta), page, max(step))
+    got = got.cpu()
+    unused = torch.ones(len(got), dtype=torch.bool)
+    unused[batch.used] = False
+    assert got[unused].equal(want[unused]), "written to another sequence's page"
+    # A sum in another order moves some values over the edge between two codes, or a scale or mean to the next float16
+    assert (got != want).float().mean() < 2e-3
+    both = [ref.read(x[batch.used], page) for x in (got, want)]
+    for a, b in zip(*both, strict=True):
+        assert a.isnan().equal(b.isnan()), "other tokens are stored"
+        step = {4: 1 / 15, 5: 1 / 31, 8: 1 / 255}[min(page.k_bits, page.v_bits)]
+        a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+        off = (a - b).abs() > 1e-3 * b.abs().max()
+        assert off.float().mean() < 5e-3 and (a - b).abs().max() <= 1.5 * step * (b.amax() - b.amin())
+
+
+@pytest.mark.parametrize("page_size", [64, 128])
+@pytest.mark.parametrize(("layout", "head_dim"), HEADS + [("k5v4_sink", 80), ("k5v4_sink", 192), ("k8v4_sink", 80)])
+def test_write_of_every_page(layout, head_dim, page_size, device):
+    run_write(page_of(layout, head_dim, page_size), [[page_size + 9, 3], [1, 18]], device, heads=1)
+
+
+def test_write_of_prompts_and_decode_steps_mixed(device):
+    page = page_of("int4_sink", 64, 64)
+    run_write(page, [[140, 3, 20, 60], [1, 1, 0, 4], [1, 130, 70, 1], [8, 1, 2, 1], [1, 0, 40, 15]], device)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 8, 20])
+def test_write_of_any_number_of_heads(heads, device):
+    run_write(page_of("int4_sink", 64, 64), [[63], [3], [1]], device, heads=heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_write_of_16_bit_inputs(dtype, device):
+    run_write(page_of("k5v4_sink", 128), [[150, 20], [1, 1]], device, dtype=dtype)
+
+
+def test_write_skips_slots_of_minus_one(device):
+    run_write(page_of("int4_sink", 64, 64), [[100, 20], [4, 4]], device, drop=(1, 2, 3))
+
+
+@pytest.mark.parametrize("page", ["k4v4,d64,p64,s0", "k8v4,d64,p64,s1", "k4v4,d64,p64,s16", "k4v4,d64,p64,s4,nomean", "k4v4,d64,p64,s4,norot", "k4v4,d64/128,p64,s4"])
+def test_write_of_ablations_and_two_head_dims(page, device):
+    run_write(Page.parse(page), [[70, 2], [1, 1]], device)
+
+
+@pytest.mark.parametrize(("layout", "head_dim"), HEADS)
+def test_gather_of_every_page(layout, head_dim, device):
+    batch = Batch.filled(page_of(layout, head_dim), [150, 0, 20], 1)
+    begin, cu = torch.tensor([2, 0, 7], dtype=torch.int32), starts([140, 0, 13])
+    k, v = gather_kernel.gather(*(x.to(device) for x in (batch.pages, batch.block_table, begin, cu)), 153, batch.page, torch.float32)
+    want_k, want_v = ref.gather(batch.pages, batch.block_table, begin, cu, 153, batch.page, torch.float32)
+    assert rel(k, want_k) < 1e-5 and rel(v, want_v) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("layout", "head_dim", "window", "soft_cap", "sink"),
+    [("int4_sink", 128, 0, 0.0, False), ("k5v4_sink", 64, 0, 5.0, False), ("k8v4_sink", 96, 0, 0.0, True), ("int8_sink", 64, 60, 0.0, False), ("int4_sink", 80, 9, 0.0, True)],
+)
+def test_prefill_over_cached_pages(layout, head_dim, window, soft_cap, sink, device):
+    batch = Batch.filled(page_of(layout, head_dim), [150, 0, 20], 1)
+    page, queries, heads = batch.page, [30, 2, 1], 3
+    q, logits = torch.randn(33, heads, head_dim), torch.randn(heads) if sink else None
+    context, cu = torch.tensor(batch.lens, dtype=torch.int32), starts(queries)
+    rest = head_dim**-0.5, window, soft_cap
+    args = [x.to(device) for x in (q, batch.pages, batch.block_table, context, cu)]
+    out, lse = prefill_kernel.prefill(*args, page, *rest, None if logits is None else logits.to(device), max_query_len=30)
+    want, want_lse = attention.prefill(q, batch.pages, batch.block_table, context, cu, page, *rest, logits)
+    seen = want_lse.isfinite()
+    assert lse.cpu().isfinite().equal(seen) and not out.cpu()[~seen].any()
+    assert rel(out, want) < TOLERANCE and (lse.cpu() - want_lse)[seen].abs().max() < LSE
+
+
+def test_merge(device):
+    a, b = torch.randn(50, 6, 80).to(device), torch.randn(50, 6, 80).to(device)
+    la, lb = 3 * torch.randn(50, 6), 3 * torch.randn(6, 50).T
+    la[3], la[4], lb[4] = -math.inf, -math.inf, -math.inf
+    a[3] = math.nan  # what saw nothing may hold anything
+    out, lse = merge_kernel.merge(a, la.to(device), b, lb.to(device))
+    a[3] = 0
+    want, want_lse = attention.merge(a.cpu(), la, b.cpu(), lb)
+    assert rel(out, want) < 1e-5 and (lse.cpu()[4] == -math.inf).all() and torch.allclose(lse.cpu(), want_lse, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_serves_shorter_batches(device):
+    page = page_of("int4_sink", 128)
+    batch = Batch.filled(page, [900, 300, 500], 2)
+    pages, table = batch.pages.to(device), batch.block_table.to(device)
+    q, cu, lens = torch.randn(3, 8, 128, device=device, dtype=torch.bfloat16), starts([1, 1, 1]).to(device), torch.tensor([900, 300, 500], dtype=torch.int32, device=device)
+    out = torch.empty(3, 8, 128, device=device, dtype=torch.bfloat16)
+    workspace = torch.zeros(decode_kernel.workspace_bytes(3, 8, 2, page, 1, device), dtype=torch.uint8, device=device)
+
+    def call():
+        decode_kernel.decode(q, pages, table, lens, cu, workspace, out, None, page, 1, 4096, 128**-0.5)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for now in ([900, 300, 500], [257, 1, 0], [128, 0, 129], [900, 300, 500]):
+        lens.copy_(torch.tensor(now, dtype=torch.int32))
+        out.fill_(torch.nan)
+        graph.replay()
+        want, _ = attention.decode(q.float().cpu(), batch.pages, batch.block_table, torch.tensor(now), cu.cpu(), page, 128**-0.5)
+        assert rel(out, want) < torch.finfo(torch.bfloat16).eps
