@@ -1,0 +1,198 @@
+"""SGLang's `QuantizationConfig`s: `qplugins` for checkpoints that are quantized, `qplugins-<preset>` for quantizing while loading.
+
+Both hold a layer map and answer one question, which method a layer gets; they differ in where the map comes from and in the method.
+SGLang builds a config from its dictionary alone; what else it needs to know, `bind` tells it, a hook behind `get_quant_config`.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from qplugins.layer_map import PRESETS, LayerMap
+from qplugins.sglang.linear import EmbeddingMethod, LinearMethod, OnlineLinearMethod
+
+logger = logging.getLogger(__name__)
+
+# Models that fuse need not say so in SGLang; one that does, as where a checkpoint's qkv is fused already, is believed.
+PACKED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
+
+
+class MappedConfig(QuantizationConfig):
+    """A layer map at work in an SGLang model."""
+
+    layer_map: LayerMap
+    dummy = False
+
+    def bind(self, model_config, load_config, packed_modules_mapping: Mapping[str, Sequence[str]]) -> None:
+        """Tells the config what it serves, before a layer is built."""
+        self.packed_modules_mapping = dict(packed_modules_mapping or {})
+        self.dummy = getattr(load_config.load_format, "value", load_config.load_format) == "dummy"
+
+    def get_name(self) -> str:
+        return "qplugins"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        dtypes = [torch.bfloat16, torch.float16]
+        return dtypes if torch.cuda.is_available() else [*dtypes, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper) -> None:
+        """Renames the map's targets as the model renames its modules. Fusing is not renaming: a map names the parts."""
+
+        def rename(target: str) -> str:
+            if target.startswith("re:") or "." not in target:
+                return target
+            renamed = hf_to_sglang_mapper.apply_list([target + ".weight"])
+            return renamed[0].removesuffix(".weight") if renamed else target
+
+        self.layer_map = self.layer_map.rename(rename)
+
+    def part_names(self, prefix: str) -> list[str]:
+        """The names that a map knows the matrices of an SGLang layer by: q_proj, k_proj, v_proj for qkv_proj."""
+        parent, _, leaf = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(leaf) or PACKED.get(leaf) or [leaf]
+        return [f"{parent}.{part}" if parent else part for part in parts]
+
+    def linear_method(self, names: list[str]) -> QuantizeMethodBase:
+        raise NotImplementedError
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            names = self.part_names(prefix)
+            quantized = any(self.layer_map.rule_for(name) for name in names)
+            return self.linear_method(names) if quantized else UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            return self.embedding_method(layer, prefix)
+        if isinstance(layer, FusedMoE):
+            return self.experts_method(prefix)
+        return None
+
+    def embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+        return None
+
+    def experts_method(self, prefix: str) -> None:
+        raise NotImplementedError
+
+
+class CheckpointConfig(MappedConfig):
+    """A quantized checkpoint in the compressed-tensors layout, ours or another producer's."""
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if config is None:
+            presets = ", ".join(f"qplugins-{p}" for p in PRESETS)
+            raise ValueError(
+                "--quantization qplugins serves quantized checkpoints, and this one has no quantization_config. "
+                f"Quantize it while loading with --quantization {presets.split(', ')[0]} (or one of {presets}), or once with `qplugins quantize`."
+            )
+        self.layer_map = LayerMap.from_config(config)
+        self.unseen: set[str] = set()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CheckpointConfig":
+        return cls(config)
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> str | None:
+        """Takes a compressed-tensors checkpoint over when the user named this method, and only then."""
+        if user_quant != "qplugins":
+            return None
+        producer = hf_quant_cfg.get("quant_method", "")
+        if producer not in ("compressed-tensors", "qplugins"):
+            raise ValueError(
+                f"--quantization qplugins reads checkpoints in the compressed-tensors layout; this one says quant_method {producer!r}. "
+                "Leave --quantization out to serve it by SGLang's own methods."
+            )
+        return "qplugins"
+
+    def bind(self, model_config, load_config, packed_modules_mapping) -> None:
+        """Also checks the whole checkpoint, by its headers, before anything of it is loaded; one still on a hub is checked while loading."""
+        super().bind(model_config, load_config, packed_modules_mapping)
+        if not self.dummy and Path(model_config.model_path).is_dir():
+            from qplugins.checkpoints.reader import Checkpoint
+
+            checkpoint = Checkpoint.open(model_config.model_path).check()
+            self.unseen = {m.name for m in checkpoint.modules() if m.format.quantized and (m.kind == "Embedding" or m.name == "lm_head")}
+
+    def check_model(self) -> None:
+        """Once the model is built, before it is loaded: SGLang only logs a tensor that has no place in it, and goes on."""
+        if self.unseen:
+            raise ValueError(
+                f"{', '.join(sorted(self.unseen))}: the checkpoint stores this quantized, and SGLang's model code builds it without a "
+                "quantization method; leave it in 16 bits, by naming it under ignore when quantizing"
+            )
+
+    def linear_method(self, names: list[str]) -> LinearMethod:
+        return LinearMethod(self.layer_map, names, self.dummy)
+
+    def embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> EmbeddingMethod | None:
+        kind = "Linear" if isinstance(layer, ParallelLMHead) else "Embedding"
+        self.unseen.discard(prefix)
+        if self.layer_map.rule_for(prefix, kind) is None:
+            return None
+        return EmbeddingMethod(self.layer_map, prefix, kind, self.dummy)
+
+    def experts_method(self, prefix: str) -> None:
+        """Experts that the map leaves alone are SGLang's; quantized ones are refused."""
+        rule = next((r for part in ("gate_proj", "w1", "down_proj") if (r := self.layer_map.rule_for(f"{prefix}.0.{part}"))), None)
+        if rule is not None:
+            raise ValueError(
+                f"{prefix}: the checkpoint's experts are quantized ({rule.formats[0].name}), and this version serves dense layers only. "
+                "Leave --quantization out to serve it by SGLang's own methods, or name the experts under ignore when quantizing."
+            )
+        return None
+
+
+class OnlineConfig(MappedConfig):
+    """A plain checkpoint, quantized by a preset as each layer arrives."""
+
+    preset: str
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "OnlineConfig":
+        raise ValueError(
+            f"--quantization qplugins-{cls.preset} quantizes plain checkpoints; this one has a quantization_config. Use --quantization qplugins."
+        )
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> None:
+        if user_quant == f"qplugins-{cls.preset}":
+            cls.from_config(hf_quant_cfg)
+
+    def bind(self, model_config, load_config, packed_modules_mapping) -> None:
+        super().bind(model_config, load_config, packed_modules_mapping)
+        self.layer_map = LayerMap.preset(self.preset, model_config.num_hidden_layers)
+
+    def linear_method(self, names: list[str]) -> OnlineLinearMethod:
+        return OnlineLinearMethod(self.layer_map, names, self.dummy)
+
+    def experts_method(self, prefix: str) -> None:
+        logger.warning("%s: qplugins-%s quantizes dense layers; these experts stay in 16 bits", prefix, self.preset)
+        return None
+
+
+def online_config(preset: str) -> type[OnlineConfig]:
+    """The config class of one preset: SGLang builds it without arguments, so that each needs its own."""
+    return type(f"OnlineConfig_{preset}", (OnlineConfig,), {"preset": preset, "get_name": lambda self: f"qplugins-{preset}"})
