@@ -4,6 +4,7 @@ import typer
 
 from qplugins.cli.convert import convert_gguf
 from qplugins.cli.doctor import doctor
+from qplugins.cli.eval import eval_kv
 from qplugins.cli.inspect import inspect
 from qplugins.cli.quantize import quantize
 from qplugins.cli.shared import guarded
@@ -18,5 +19,9 @@ for command in (quantize, inspect, verify, doctor):
 convert = typer.Typer(help="Rewrite a model of another kind as a Hugging Face checkpoint.", no_args_is_help=True)
 convert.command("gguf", no_args_is_help=True)(guarded(convert_gguf))
 app.add_typer(convert, name="convert")
+
+evaluate = typer.Typer(help="Measure what quantization does to a model, through the engine that serves it.", no_args_is_help=True)
+evaluate.command("kv", no_args_is_help=True)(guarded(eval_kv))
+app.add_typer(evaluate, name="eval")
 
 __all__ = ["app"]

@@ -1,0 +1,206 @@
+"""`vllm serve --kv-cache-dtype int4_sink`, as a user would start it.
+
+A prompt that is computed in one piece never meets a quantized value; from the prefix cache, in chunks, or after a preemption, some of it does,
+and pages opened by a short chunk have another mean. So the same prompt may be answered by slightly other numbers, and what is compared are
+next-token distributions, with two yardsticks: `int8_sink`, near enough to exact that any error of bookkeeping stands out, and `int4_sink`, which
+may move by as much as its quantization.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from integration_tests.compare import TEXT, next_token_logprobs, plain_model
+from integration_tests.server import NAME, Server, ServerFailed, VllmServer
+from qplugins.checkpoints.quantize import quantize
+from qplugins.kv import KV_LAYOUTS
+from qplugins.layer_map import LayerMap
+
+pytestmark = [pytest.mark.engine, pytest.mark.real_model, pytest.mark.timeout(420)]
+
+LENGTHS = (140, 190, 230, 270, 300, 330, 370, 400)  # of prompts, tokens: from one page to three and a bit
+TOP = 50
+# mean KL over those prompts. KV_LAYOUTS' own distance from an unquantized cache, all tokens of 2,048-token windows quantized, is 0.02 and
+# 0.0001 on this model; the mean of eight prompts may be a few times that.
+BOUND = {"int4_sink": 0.06, "int8_sink": 0.001}
+QUESTION, ANSWER = "What is the capital of France?", "Paris"
+MAPPED = {"qplugins": {"kv_layers": {"int8_sink": [0, 1, -2, -1]}}}
+
+
+def serve(model: Path, *args: str, **options) -> VllmServer:
+    # one thread: the reference's operations are small, and more would wait for each other
+    return VllmServer(model, max_model_len=640, args=args, env={"OMP_NUM_THREADS": "1"}, **options)
+
+
+@pytest.fixture(scope="module")
+def tokens(smollm2: Path) -> list[int]:
+    return AutoTokenizer.from_pretrained(smollm2)(TEXT.replace("\n", " ") * 2)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tokens: list[int]) -> list[list[int]]:
+    """Of those lengths, no two with a page in common."""
+    return [tokens[i : i + n] for i, n in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def exact(smollm2: Path, prompts: list[list[int]]) -> list["Said"]:
+    """What comes after each prompt, float32 and unquantized."""
+    model = plain_model(smollm2)
+    return [of(next_token_logprobs(model, [*prompt, 0])[-1]) for prompt in prompts]
+
+
+Said = dict[str, float]  # log-probabilities of the likeliest next tokens
+
+
+def next_token(server: Server, prompt: Sequence[int]) -> Said:
+    body = {"model": NAME, "prompt": list(prompt), "temperature": 0, "max_tokens": 1, "logprobs": TOP, "return_tokens_as_token_ids": True}
+    return server.post("/v1/completions", body)["choices"][0]["logprobs"]["top_logprobs"][0]
+
+
+def divergence(p: Said, q: Said) -> float:
+    """KL(p || q) over the tokens that both name and one bucket for all others: a lower bound, close where the lists hold most of both."""
+    both = p.keys() & q.keys()
+    rest = [max(1e-12, 1 - sum(math.exp(x[t]) for t in both)) for x in (p, q)]
+    return sum(math.exp(p[t]) * (p[t] - q[t]) for t in both) + rest[0] * math.log(rest[0] / rest[1])
+
+
+def of(row: torch.Tensor) -> Said:
+    values, ids = row.topk(TOP)
+    return {f"token_id:{i}": v for i, v in zip(ids.tolist(), values.tolist(), strict=True)}
+
+
+Answer = list[tuple[str, Said]]  # tokens, and what each was chosen from
+
+
+def greedy(server: Server, prompt: Sequence[int], n: int = 16) -> Answer:
+    body = {"model": NAME, "prompt": list(prompt), "temperature": 0, "max_tokens": n, "logprobs": TOP, "ignore_eos": True}
+    said = server.post("/v1/completions", body | {"return_tokens_as_token_ids": True})["choices"][0]["logprobs"]
+    return list(zip(said["tokens"], said["top_logprobs"], strict=True))
+
+
+def at_once(server: Server, prompts: list[list[int]]) -> list[Answer]:
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        return list(clients.map(lambda p: greedy(server, p), prompts))
+
+
+def parted(a: Answer, b: Answer) -> tuple[int, list[float]]:
+    """How many tokens two answers have in common, and the divergences of what they were chosen from, up to the first that differs."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x[0] != y[0]), len(a))
+    return same, [divergence(x[1], y[1]) for x, y in list(zip(a, b, strict=True))[: same + 1]]
+
+
+def counter(server: Server, name: str) -> float:
+    """A number of the engine's /metrics."""
+    text = server._http.get(f"{server.url}/metrics", timeout=10).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"vllm:{name}"))
+
+
+def kv_tokens(server: Server) -> int:
+    return int(re.search(r"KV cache size: ([\d,]+) tokens", server.log)[1].replace(",", ""))
+
+
+def mean(values: list[float]) -> float:
+    assert all(math.isfinite(v) for v in values)
+    return sum(values) / len(values)
+
+
+# ---- one server for what needs nothing but the name
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2: Path) -> Iterator[VllmServer]:
+    with serve(smollm2, "--kv-cache-dtype", "int4_sink") as server:
+        yield server
+
+
+def test_answer_is_right(plain):
+    assert ANSWER in plain.chat(QUESTION)
+
+
+def test_prompt_served_cold_and_from_the_prefix_cache(plain, prompts, exact):
+    cold = [next_token(plain, p) for p in prompts]
+    hits = counter(plain, "prefix_cache_hits_total")
+    cached = [next_token(plain, p) for p in prompts]
+    assert counter(plain, "prefix_cache_hits_total") - hits >= 128 * len(prompts)
+    # one chunk of raw keys and values is the model itself, but for the order of summation
+    assert max(divergence(*x) for x in zip(exact, cold, strict=True)) < 1e-6
+    kls = [divergence(*x) for x in zip(exact, cached, strict=True)]
+    assert mean(kls) < BOUND["int4_sink"], kls
+
+
+def test_eight_clients_at_once_get_what_one_gets(plain, tokens):
+    """Prompts of less than a page, which no prefix cache holds. A batch sums in another order, and a value that lies between two codes then
+    takes the other one: the numbers are close, not equal."""
+    short = [tokens[i : i + 30 + 7 * i] for i in range(1, 9)]
+    pairs = [parted(*x) for x in zip([greedy(plain, p) for p in short], at_once(plain, short), strict=True)]
+    assert mean([kl for _, kls in pairs for kl in kls]) < BOUND["int4_sink"] / 4, pairs
+    assert mean([same for same, _ in pairs]) > 12, pairs
+
+
+def test_tokens_that_fit_follow_from_the_bytes(plain):
+    page = 30 * 3 * KV_LAYOUTS["int4_sink"].page_bytes(64, 128)  # layers x KV heads
+    fit = 2**30 // page * 128
+    assert 0.99 * fit < kv_tokens(plain) <= fit
+    assert kv_tokens(plain) > 3.2 * (2**30 // (30 * 3 * 2 * 64 * 2))  # a 16-bit cache's
+
+
+# ---- chunks of half a page, and a cache so small that requests put each other out
+
+
+@pytest.fixture(scope="module", params=["int4_sink", "int8_sink"])
+def cramped(request, smollm2: Path) -> Iterator[tuple[str, VllmServer]]:
+    chunked = ["--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "10"]
+    with serve(smollm2, "--kv-cache-dtype", request.param, *chunked) as server:
+        yield request.param, server
+
+
+def test_prompt_in_small_chunks(cramped, prompts, exact):
+    name, server = cramped
+    kls = [divergence(e, next_token(server, p)) for e, p in zip(exact, prompts, strict=True)]
+    assert mean(kls) < BOUND[name], kls
+
+
+def test_preemption_changes_nothing_but_rounding(cramped, tokens):
+    """Five requests of three pages each in nine: some are put out and begin again, their answer so far in the prompt."""
+    name, server = cramped
+    long = [tokens[i : i + 250] for i in range(11, 16)]
+    alone = [greedy(server, p) for p in long]
+    before = counter(server, "num_preemptions_total")
+    together = at_once(server, long)
+    assert counter(server, "num_preemptions_total") > before
+    pairs = [parted(*x) for x in zip(alone, together, strict=True)]
+    assert mean([kl for _, kls in pairs for kl in kls]) < BOUND[name], pairs
+    assert mean([same for same, _ in pairs]) > {"int8_sink": 14, "int4_sink": 8}[name], pairs
+
+
+# ---- together with quantized weights, and a map
+
+
+def test_checkpoint_that_names_its_kv(smollm2, tmp_path):
+    """NVFP4 weights and a KV map, all said by the checkpoint: a compressed-tensors kv_cache_scheme of 4 bits, and other layers by number."""
+    quantize(smollm2, tmp_path / "ckpt", LayerMap.preset("nvfp4", 30))
+    described = json.loads((tmp_path / "ckpt" / "config.json").read_text())
+    scheme = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
+    described["quantization_config"] |= {"kv_cache_scheme": scheme, **MAPPED}
+    (tmp_path / "ckpt" / "config.json").write_text(json.dumps(described))
+    with serve(tmp_path / "ckpt", quantization="qplugins") as server:
+        assert "KV layouts by layer: 0 int8_sink, 1 int8_sink, 2 int4_sink" in server.log
+        assert ANSWER in server.chat(QUESTION)
+        sizes = [KV_LAYOUTS[name].page_bytes(64, 128) for name in ("int8_sink", "int4_sink")]
+        fit = 2**30 // (3 * (4 * sizes[0] + 26 * sizes[1])) * 128
+        assert 0.99 * fit < kv_tokens(server) <= fit
+
+
+def test_refusal_is_the_last_word_of_a_server_that_does_not_start(smollm2):
+    with pytest.raises(ServerFailed) as failed, serve(smollm2, "--kv-cache-dtype", "int4_sink", "--block-size", "32"):
+        pass
+    assert "int4_sink has pages of 64 or 128 tokens, not 32; use a page or block size of 128" in failed.value.log
+    assert "Starting to load model" not in failed.value.log
