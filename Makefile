@@ -28,9 +28,10 @@ test: $(VENV)/.done $(VLLM_GPU)/.done $(SGLANG)/.done ## every test that needs n
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(VENV)/bin/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 	$(SGLANG)/bin/python -m pytest integration_tests/engine_sglang $(PYTEST_ARGS) || [ $$? = 5 ]  # 5: -k selected none of these
 
-check: $(VENV)/.done ## format, lint and the import rules
+check: $(VENV)/.done ## format, lint, README's tables and the import rules
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python tools/readme.py --check
 	$(VENV)/bin/python -m pytest -q tests/test_layering.py
 
 test-gpu: ## the tests that need a GPU, with the Python that has qplugins and vLLM: make test-gpu PY=python

@@ -170,7 +170,9 @@ def test_balanced_on_smollm2():
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
 def test_balanced_on_few_layers(layers):
     counts = LayerMap.preset("balanced", layers).assign(smollm2(layers)).counts()
-    assert counts["fp8"] == 7 * min(layers, 4) and counts["nvfp4"] == 6 * max(0, layers - 4) and counts["int4_g32_asym"] == max(0, layers - 4)
+    assert (
+        counts["fp8"] == 7 * min(layers, 4) and counts["nvfp4"] == 6 * max(0, layers - 4) and counts["int4_g32_asym"] == max(0, layers - 4)
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)

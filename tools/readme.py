@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qplugins.formats import ALIASES, FORMATS
+from qplugins.kv import KV_LAYOUTS
 from qplugins.layer_map import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +72,33 @@ def linear() -> str:
     return f"{head} Time of the other over ours, geometric mean over the shapes; above 1 qplugins is faster.\n\n{table}"
 
 
-TABLES = {f.__name__: f for f in (formats, presets, linear)}
+def kv() -> str:
+    """Every KV layout: its bits at the head size of most models."""
+    lines = [
+        (f"`{x.name}`", x.about, f"{8 * x.page_bytes(128, 128) / (2 * 128 * 128):.2f}", f"{8 * x.page_bytes(64, 128) / (2 * 64 * 128):.2f}")
+        for x in KV_LAYOUTS.values()
+    ]
+    return markdown(("`--kv-cache-dtype`", "", "bits a value, all in, head_dim 128", "head_dim 64"), lines)
+
+
+def kv_quality() -> str:
+    """bench/results/kv_ablation.json: what each layout, and each part of the method, costs."""
+    file = RESULTS / "kv_ablation.json"
+    if not file.exists():
+        return "Not measured yet: `python bench/kv_ablation.py`."
+    data = json.loads(file.read_text())
+    texts = {name: {r["cache"]: r for r in text["rows"]} for name, text in data["texts"].items()}
+    lines = []
+    for cache, row in next(iter(texts.values())).items():
+        cells = [cell for rows in texts.values() for cell in (f"{rows[cache]['kl']:.5f}", f"{rows[cache]['perplexity']:.2f}")]
+        lines.append((cache, f"{row['bits']:.2f}", *cells))
+    head = (
+        f"{data['model']} (head_dim {data['head_dim']}), {data['windows']} windows of {data['window']} tokens a text, `{data['command']}`."
+    )
+    return f"{head}\n\n" + markdown(("KV cache", "bits a value", *(f"{n}: {c}" for n in texts for c in ("KL", "perplexity"))), lines)
+
+
+TABLES = {f.__name__: f for f in (formats, presets, linear, kv, kv_quality)}
 
 
 def render(text: str) -> str:

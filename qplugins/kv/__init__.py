@@ -1,4 +1,5 @@
 """The KV layouts. `KV_LAYOUTS[name]` is all that there is to know of one; the name is what `--kv-cache-dtype` takes."""
+
 from qplugins.kv.int4_sink import INT4_SINK
 from qplugins.kv.int8_sink import INT8_SINK
 from qplugins.kv.k5v4_sink import K5V4_SINK

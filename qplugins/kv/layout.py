@@ -3,6 +3,7 @@
 
     key - page mean, value  --rotate-->  codes with one scale and zero a token;  the first tokens of a sequence a second time, in 8 bits
 """
+
 from dataclasses import dataclass
 
 from qplugins.kernels.kv.page import HEAD_DIMS, MAX_SINKS, PAGE_SIZES, Page
@@ -43,7 +44,9 @@ class Layout:
         for what, dim in (("head_dim", head_dim), ("the values' head_dim", v_head_dim or head_dim)):
             if dim not in HEAD_DIMS:
                 offered = ", ".join(map(str, HEAD_DIMS))
-                return f"{self.name} stores heads of {offered} values, and {what} is {dim}; leave this layer's KV cache in the model's dtype"
+                return (
+                    f"{self.name} stores heads of {offered} values, and {what} is {dim}; leave this layer's KV cache in the model's dtype"
+                )
         if page_size not in PAGE_SIZES:
             return f"{self.name} has pages of {' or '.join(map(str, PAGE_SIZES))} tokens, not {page_size}; use a page or block size of 128"
         if not 0 <= self.sinks <= MAX_SINKS:

@@ -2,6 +2,7 @@
 
 `through(page)` does the same with a layout of this package: one write, one gather.
 """
+
 from collections.abc import Callable
 
 import torch

@@ -16,7 +16,8 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from qplugins.layer_map import PRESETS, LayerMap
+from qplugins import serving
+from qplugins.layer_map import LayerMap
 from qplugins.sglang.linear import EmbeddingMethod, LinearMethod, OnlineLinearMethod
 
 logger = logging.getLogger(__name__)
@@ -61,26 +62,17 @@ class MappedConfig(QuantizationConfig):
     def apply_weight_name_mapper(self, hf_to_sglang_mapper) -> None:
         """Renames the map's targets as the model renames its modules. Fusing is not renaming: a map names the parts."""
 
-        def rename(target: str) -> str:
-            if target.startswith("re:") or "." not in target:
-                return target
-            renamed = hf_to_sglang_mapper.apply_list([target + ".weight"])
-            return renamed[0].removesuffix(".weight") if renamed else target
+        def renamed(name: str) -> str | None:
+            return next(iter(hf_to_sglang_mapper.apply_list([name])), None)
 
-        self.layer_map = self.layer_map.rename(rename)
-
-    def part_names(self, prefix: str) -> list[str]:
-        """The names that a map knows the matrices of an SGLang layer by: q_proj, k_proj, v_proj for qkv_proj."""
-        parent, _, leaf = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(leaf) or PACKED.get(leaf) or [leaf]
-        return [f"{parent}.{part}" if parent else part for part in parts]
+        self.layer_map = serving.rename(self.layer_map, renamed)
 
     def linear_method(self, names: list[str]) -> QuantizeMethodBase:
         raise NotImplementedError
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
-            names = self.part_names(prefix)
+            names = serving.part_names(PACKED | self.packed_modules_mapping, prefix)
             quantized = any(self.layer_map.rule_for(name) for name in names)
             return self.linear_method(names) if quantized else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
@@ -102,11 +94,7 @@ class CheckpointConfig(MappedConfig):
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__()
         if config is None:
-            presets = ", ".join(f"qplugins-{p}" for p in PRESETS)
-            raise ValueError(
-                "--quantization qplugins serves quantized checkpoints, and this one has no quantization_config. "
-                f"Quantize it while loading with --quantization {presets.split(', ')[0]} (or one of {presets}), or once with `qplugins quantize`."
-            )
+            raise serving.plain_checkpoint()
         self.layer_map = LayerMap.from_config(config)
         self.unseen: set[str] = set()
 
@@ -119,12 +107,7 @@ class CheckpointConfig(MappedConfig):
         """Takes a compressed-tensors checkpoint over when the user named this method, and only then."""
         if user_quant != "qplugins":
             return None
-        producer = hf_quant_cfg.get("quant_method", "")
-        if producer not in ("compressed-tensors", "qplugins"):
-            raise ValueError(
-                f"--quantization qplugins reads checkpoints in the compressed-tensors layout; this one says quant_method {producer!r}. "
-                "Leave --quantization out to serve it by SGLang's own methods."
-            )
+        serving.check_producer(hf_quant_cfg, "SGLang")
         return "qplugins"
 
     def bind(self, model_config, load_config, packed_modules_mapping) -> None:
@@ -155,14 +138,7 @@ class CheckpointConfig(MappedConfig):
         return EmbeddingMethod(self.layer_map, prefix, kind, self.dummy)
 
     def experts_method(self, prefix: str) -> None:
-        """Experts that the map leaves alone are SGLang's; quantized ones are refused."""
-        rule = next((r for part in ("gate_proj", "w1", "down_proj") if (r := self.layer_map.rule_for(f"{prefix}.0.{part}"))), None)
-        if rule is not None:
-            raise ValueError(
-                f"{prefix}: the checkpoint's experts are quantized ({rule.formats[0].name}), and this version serves dense layers only. "
-                "Leave --quantization out to serve it by SGLang's own methods, or name the experts under ignore when quantizing."
-            )
-        return None
+        serving.check_experts(self.layer_map, prefix, "SGLang")
 
 
 class OnlineConfig(MappedConfig):
@@ -172,9 +148,7 @@ class OnlineConfig(MappedConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "OnlineConfig":
-        raise ValueError(
-            f"--quantization qplugins-{cls.preset} quantizes plain checkpoints; this one has a quantization_config. Use --quantization qplugins."
-        )
+        raise serving.quantized_already(cls.preset)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> None:

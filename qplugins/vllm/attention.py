@@ -422,6 +422,8 @@ def reserve(config: VllmConfig, device: torch.device) -> None:
     queries = min(max_decode_query_len(config), MAX_QUERY_LEN)
     impls = [x.impl for x in config.compilation_config.static_forward_context.values() if isinstance(getattr(x, "impl", None), PagedImpl)]
     for heads, kv_heads, page in dict.fromkeys((i.num_heads, i.num_kv_heads, i.page) for i in impls if i.page):
-        found = decode_workspace(batch, heads, kv_heads, page, queries, device) if device.type != "cpu" else torch.empty(0, dtype=torch.uint8)
+        found = (
+            decode_workspace(batch, heads, kv_heads, page, queries, device) if device.type != "cpu" else torch.empty(0, dtype=torch.uint8)
+        )
         if device not in _workspaces or _workspaces[device].numel() < found.numel():
             _workspaces[device] = found

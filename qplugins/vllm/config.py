@@ -16,8 +16,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from qplugins import serving
 from qplugins.kv_map import KVMap
-from qplugins.layer_map import PRESETS, LayerMap
+from qplugins.layer_map import LayerMap
 from qplugins.vllm.linear import EmbeddingMethod, LinearMethod, OnlineLinearMethod
 
 # under vLLM's own logger, whose handlers and level then apply
@@ -50,29 +51,18 @@ class MappedConfig(QuantizationConfig):
         fields = {f.name for f in dataclasses.fields(hf_to_vllm_mapper)}
         renames = dataclasses.replace(hf_to_vllm_mapper, **({"orig_to_new_stacked": {}} if "orig_to_new_stacked" in fields else {}))
 
-        def rename(target: str) -> str:
-            if target.startswith("re:") or "." not in target:
-                return target
-            return (renames.map_name(target + ".weight") or target + ".weight").removesuffix(".weight")
-
-        self.layer_map = self.layer_map.rename(rename)
+        self.layer_map = serving.rename(self.layer_map, renames.map_name)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
         self.tied_head = bool(getattr(text, "tie_word_embeddings", False))
-
-    def part_names(self, prefix: str) -> list[str]:
-        """The names that a map knows the matrices of a vLLM layer by: q_proj, k_proj, v_proj for qkv_proj."""
-        parent, _, leaf = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(leaf, [leaf])
-        return [f"{parent}.{part}" if parent else part for part in parts]
 
     def linear_method(self, names: list[str]) -> QuantizeMethodBase:
         raise NotImplementedError
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
-            names = self.part_names(prefix)
+            names = serving.part_names(self.packed_modules_mapping, prefix)
             quantized = any(self.layer_map.rule_for(name) for name in names)
             return self.linear_method(names) if quantized else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
@@ -94,11 +84,7 @@ class CheckpointConfig(MappedConfig):
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__()
         if config is None:
-            presets = ", ".join(f"qplugins-{p}" for p in PRESETS)
-            raise ValueError(
-                "--quantization qplugins serves quantized checkpoints, and this one has no quantization_config. "
-                f"Quantize it while loading with --quantization {presets.split(', ')[0]} (or one of {presets}), or once with `qplugins quantize`."
-            )
+            raise serving.plain_checkpoint()
         self.layer_map = LayerMap.from_config(config)
         self.kv_map = KVMap.from_config(config)
         self.quantized_embedding: str | None = None
@@ -112,12 +98,7 @@ class CheckpointConfig(MappedConfig):
         """Takes a compressed-tensors checkpoint over when the user named this method, and only then."""
         if user_quant != "qplugins":
             return None
-        producer = hf_quant_cfg.get("quant_method", "")
-        if producer not in ("compressed-tensors", "qplugins"):
-            raise ValueError(
-                f"--quantization qplugins reads checkpoints in the compressed-tensors layout; this one says quant_method {producer!r}. "
-                "Leave --quantization out to serve it by vLLM's own methods."
-            )
+        serving.check_producer(hf_quant_cfg, "vLLM")
         return "qplugins"
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -148,14 +129,7 @@ class CheckpointConfig(MappedConfig):
         return next((t for t in targets if t.endswith("embed_tokens") and not t.startswith("re:")), "model.embed_tokens")
 
     def experts_method(self, prefix: str) -> None:
-        """Experts that the map leaves alone are vLLM's; quantized ones are refused."""
-        rule = next((r for part in ("gate_proj", "w1", "down_proj") if (r := self.layer_map.rule_for(f"{prefix}.0.{part}"))), None)
-        if rule is not None:
-            raise ValueError(
-                f"{prefix}: the checkpoint's experts are quantized ({rule.formats[0].name}), and this version serves dense layers only. "
-                "Leave --quantization out to serve it by vLLM's own methods, or name the experts under ignore when quantizing."
-            )
-        return None
+        serving.check_experts(self.layer_map, prefix, "vLLM")
 
 
 class OnlineConfig(MappedConfig):
@@ -172,9 +146,7 @@ class OnlineConfig(MappedConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "OnlineConfig":
-        raise ValueError(
-            f"--quantization qplugins-{cls.preset} quantizes plain checkpoints; this one has a quantization_config. Use --quantization qplugins."
-        )
+        raise serving.quantized_already(cls.preset)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None) -> None:
