@@ -1,5 +1,6 @@
 """`kernels/` and `checkpoints/` stand at the top of the repository and are installed inside the package, since SGLang depends on
 another package that is called `kernels`. Everything else is in pyproject.toml."""
+
 from setuptools import find_packages, setup
 
 INSIDE = {"qplugins.kernels": "kernels", "qplugins.checkpoints": "checkpoints"}

@@ -16,6 +16,7 @@ fixed number of programs for each KV head, so a batch of one long and many short
 batch. A program that has all of a sequence writes its output. Otherwise it leaves its sums in the workspace, and the last of the sequence's
 programs to arrive adds them up, in order, so that the result does not depend on who was last.
 """
+
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,7 +39,18 @@ def _tanh(x):
 
 
 @triton.jit
-def _rotate_some(y, x, d, piece: tl.constexpr, C: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate_some(
+    y,
+    x,
+    d,
+    piece: tl.constexpr,
+    C: tl.constexpr,
+    U: tl.constexpr,
+    WIDE: tl.constexpr,
+    D: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y [4U, N] + sqrt(BLOCK) * the share that x [d, N] has in a piece of x R, columns as the operand of keys has them, zero where there is none."""
     column = tile.key_column(tl.arange(0, 4 * U), U, WIDE)
     to = piece * C + column
@@ -65,7 +77,9 @@ def _crossed(z0, z1, z2, z3, TWO: tl.constexpr):
 
 @triton.jit
 def _query(q, tokens, heads, live, stride_q, stride_qh, d, D: tl.constexpr):
-    return tl.load(q + tokens[None, :] * stride_q + heads[None, :] * stride_qh + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
+    return tl.load(
+        q + tokens[None, :] * stride_q + heads[None, :] * stride_qh + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
+    )
 
 
 @triton.jit
@@ -118,7 +132,9 @@ def rotated_queries(
 
 
 @triton.jit
-def _mean_piece(mean, piece: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+def _mean_piece(
+    mean, piece: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, W: tl.constexpr
+):
     """float16 [W, 16, 4U]: a piece of the page's mean in each of 16 rows. Each lane reads just what it has of such a row, two values at a time."""
     p = tl.arange(0, JP)[None, None, :, None, None]
     b = tl.arange(0, 4)[None, None, None, None, :]
@@ -273,7 +289,9 @@ def decode_kernel(
         if WINDOW > 0:
             since = tl.maximum(until - (WINDOW - 1), 0)
 
-        q0, q1, q2, q3, q_sum, offset = rotated_queries(q, tokens, hq, live, stride_q, stride_qh, scale, KC, KU, K_WIDE, D, DP, KB, ROTATE, BLOCK_K)
+        q0, q1, q2, q3, q_sum, offset = rotated_queries(
+            q, tokens, hq, live, stride_q, stride_qh, scale, KC, KU, K_WIDE, D, DP, KB, ROTATE, BLOCK_K
+        )
         qw0 = tl.broadcast_to(q0[None, :, :], (W, 4 * KU, N))
         qw1 = tl.broadcast_to(q1[None, :, :], (W, 4 * KU, N))
         qw2 = tl.broadcast_to(q2[None, :, :], (W, 4 * KU, N))
@@ -314,11 +332,27 @@ def decode_kernel(
                 denominators = tl.where(eighth, tl.sum(row_e, 0)[None, None, :], 0.0)
                 zeros = tl.where(eighth, tl.sum(row_e * row_vz[:, None], 0)[None, None, :], 0.0)
                 empty = tl.zeros((4 * VU, N), tl.float32)
-                o0 = tl.where(warp == 0, dot(tile.row_values(first + ROWS_V, row, row_stored, 0, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :], 0.0)
-                o1 = tl.where(warp == 0, dot(tile.row_values(first + ROWS_V, row, row_stored, 1, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :], 0.0)
+                o0 = tl.where(
+                    warp == 0,
+                    dot(tile.row_values(first + ROWS_V, row, row_stored, 0, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :],
+                    0.0,
+                )
+                o1 = tl.where(
+                    warp == 0,
+                    dot(tile.row_values(first + ROWS_V, row, row_stored, 1, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :],
+                    0.0,
+                )
                 if not V8:
-                    o2 = tl.where(warp == 0, dot(tile.row_values(first + ROWS_V, row, row_stored, 2, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :], 0.0)
-                    o3 = tl.where(warp == 0, dot(tile.row_values(first + ROWS_V, row, row_stored, 3, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :], 0.0)
+                    o2 = tl.where(
+                        warp == 0,
+                        dot(tile.row_values(first + ROWS_V, row, row_stored, 2, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :],
+                        0.0,
+                    )
+                    o3 = tl.where(
+                        warp == 0,
+                        dot(tile.row_values(first + ROWS_V, row, row_stored, 3, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :],
+                        0.0,
+                    )
         in_page = tl.arange(0, W)[:, None] * T + tl.arange(0, T)[None, :]
         not_before = tl.maximum(since, S)  # sinks are read from their rows
 
@@ -439,8 +473,14 @@ def decode_kernel(
             seen = top > NOTHING
             norm = tl.where(seen, sink_fade / denominator, 0.0)
             if HAS_LSE:
-                tl.store(lse + tokens * stride_lse + hq, tl.where(seen, (top + tl.log2(denominator)) * 0.6931471805599453, float("-inf")), mask=live)
-            store_output(out, a0, a1, a2, a3, norm, tokens, hq, live, stride_o, stride_oh, VC, VU, V_WIDE, DV, DVP, VB, ROTATE, BLOCK_V, PTX)
+                tl.store(
+                    lse + tokens * stride_lse + hq,
+                    tl.where(seen, (top + tl.log2(denominator)) * 0.6931471805599453, float("-inf")),
+                    mask=live,
+                )
+            store_output(
+                out, a0, a1, a2, a3, norm, tokens, hq, live, stride_o, stride_oh, VC, VU, V_WIDE, DV, DVP, VB, ROTATE, BLOCK_V, PTX
+            )
         at = start + p1 - first_page
 
 
@@ -484,23 +524,35 @@ def shares_of(device: torch.device, blocks: int, launch: Launch) -> int:
     return max(1, _multiprocessors(device) * launch.programs // blocks)
 
 
-def _sizes(shares: int, n: int, blocks: int, page: Page, batch: int) -> tuple[int, int, int]:
-    """float32 of `sums` and of `ends`, int32 of `counters`."""
+# The workspace begins with the counters, as many for every batch: where one call counts, no other call may have left its sums.
+COUNTERS = 1 << 16
+
+
+def _sizes(shares: int, n: int, blocks: int, page: Page) -> tuple[int, int]:
+    """float32 of `sums` and of `ends`."""
     slots = blocks * shares * 2
     v = page.v
     values = (2 if page.v_bits == 8 else 4) * 4 * _pow2(v.pieces) * v.w
-    return slots * values * n, slots * 2 * n, blocks * batch
+    return slots * values * n, slots * 2 * n
+
+
+def _check_counters(batch: int, blocks: int) -> None:
+    if batch * blocks > COUNTERS:
+        raise ValueError(
+            f"{batch} sequences x {blocks} blocks of heads are more than the {COUNTERS} that a batch may have; make batches smaller"
+        )
 
 
 def workspace_bytes(max_batch: int, num_heads: int, num_kv_heads: int, page: Page, max_query_len: int, device: torch.device) -> int:
+    """What `decode` needs. Raises ValueError where max_batch is too large."""
     if device.type == "cpu" and not INTERPRET.value:
         return 16
     sizes = []
     for queries in range(1, max_query_len + 1):
         n, blocks = rows_of(num_heads // num_kv_heads, queries)
-        sums, ends, counters = _sizes(shares_of(device, num_kv_heads * blocks, launch_of(page, n)), n, num_kv_heads * blocks, page, max_batch)
-        sizes.append(-(-4 * counters // 256) * 256 + 4 * (sums + ends))
-    return max(sizes)
+        _check_counters(max_batch, num_kv_heads * blocks)
+        sizes.append(sum(_sizes(shares_of(device, num_kv_heads * blocks, launch_of(page, n)), n, num_kv_heads * blocks, page)))
+    return 4 * (COUNTERS + max(sizes))
 
 
 def decode(
@@ -528,15 +580,16 @@ def decode(
     runs = tile.runs_of(page, launch.tokens)
     n, blocks = rows_of(group, max_query_len)
     shares = min(shares_of(q.device, heads * blocks, launch), batch * triton.cdiv(max_seq_len, page.page_size))
-    sums, ends, counters = _sizes(shares, n, heads * blocks, page, batch)
-    head = -(-4 * counters // 256) * 256
-    if workspace.numel() < head + 4 * (sums + ends):
-        raise ValueError(f"the workspace has {workspace.numel()} bytes and {head + 4 * (sums + ends)} are needed; see decode_workspace")
-    floats = workspace[head : head + 4 * (sums + ends)].view(torch.float32)
+    sums, ends = _sizes(shares, n, heads * blocks, page)
+    if workspace.numel() < 4 * (COUNTERS + sums + ends):
+        raise ValueError(f"the workspace has {workspace.numel()} bytes and {4 * (COUNTERS + sums + ends)} are needed; see decode_workspace")
+    _check_counters(batch, heads * blocks)
+    counters = workspace[: 4 * COUNTERS].view(torch.int32)
+    floats = workspace[4 * COUNTERS : 4 * (COUNTERS + sums + ends)].view(torch.float32)
     out = out.view(q.shape[0], q.shape[1], page.v_head_dim)
     registers = {"maxnreg": launch.registers} if tile.PTX and launch.registers else {}
     decode_kernel[(shares, heads, blocks)](
-        q, pages, block_table, seq_lens, query_start_loc, floats, floats[sums:], workspace[: 4 * counters].view(torch.int32), out,
+        q, pages, block_table, seq_lens, query_start_loc, floats, floats[sums:], counters, out,
         floats if lse is None else lse, floats if sink_logits is None else sink_logits,
         batch, q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1),
         0 if lse is None else lse.stride(0), scale * LOG2E, soft_cap * LOG2E,

@@ -1,4 +1,5 @@
 """Joins attention over two disjoint sets of tokens by their log-sum-exp; ref.merge is the definition."""
+
 import torch
 import triton
 import triton.language as tl

@@ -3,6 +3,7 @@
 As in kv/op.py, no launch depends on values on the device: a CUDA graph captured for B sequences and max_seq_len serves every shorter batch,
 whose padding has seq_lens 0 or no query tokens.
 """
+
 import torch
 from torch import Tensor
 
@@ -66,7 +67,21 @@ def _decode(
             lse.copy_(o_lse)
     else:
         decode_kernel.decode(
-            q, pages, block_table, seq_lens, query_start_loc, workspace, out, lse, layout, max_query_len, max_seq_len, scale, window, soft_cap, sink_logits
+            q,
+            pages,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            workspace,
+            out,
+            lse,
+            layout,
+            max_query_len,
+            max_seq_len,
+            scale,
+            window,
+            soft_cap,
+            sink_logits,
         )
 
 
@@ -96,7 +111,9 @@ def _prefill_fake(q, pages, block_table, context_lens, query_start_loc, page, ma
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.shape[:2]:
-        raise ValueError(f"out {tuple(out_a.shape)} and {tuple(out_b.shape)}, lse {tuple(lse_a.shape)} and {tuple(lse_b.shape)} do not belong together")
+        raise ValueError(
+            f"out {tuple(out_a.shape)} and {tuple(out_b.shape)}, lse {tuple(lse_a.shape)} and {tuple(lse_b.shape)} do not belong together"
+        )
     return (ref if out_a.device.type == "cpu" else merge_kernel).merge(out_a, lse_a, out_b, lse_b)
 
 
@@ -116,9 +133,10 @@ torch.library.register_fake("qplugins::kv_merge", _merge_fake, lib=_library)
 def decode_workspace(
     max_batch: int, num_heads: int, num_kv_heads: int, page: Page, max_query_len: int, device: torch.device | str
 ) -> Tensor:
-    """uint8 [bytes], zeroed: what `decode` needs beside its arguments, for batches of up to max_batch sequences and any length.
+    """uint8 [bytes], zeroed: what `decode` needs beside its arguments, for batches of up to max_batch sequences of any length.
 
-    One serves all layers of a stream in turn, also of different layouts, if it is made for the largest. Kernels leave its counters at zero.
+    One serves all layers of a stream in turn, also of different layouts, if it is as large as the largest. Kernels leave its counters at zero.
+    Raises ValueError where max_batch is more than a batch may have.
     """
     nbytes = decode_kernel.workspace_bytes(max_batch, num_heads, num_kv_heads, page, max_query_len, torch.device(device))
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -162,7 +180,21 @@ def decode(
     if out is None:
         out = q.new_empty(*q.shape[:2], page.v_head_dim)
     torch.ops.qplugins.kv_decode(
-        q, pages, block_table, seq_lens, query_start_loc, workspace, out, lse, str(page), max_query_len, max_seq_len, scale, window, soft_cap, sink_logits
+        q,
+        pages,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        workspace,
+        out,
+        lse,
+        str(page),
+        max_query_len,
+        max_seq_len,
+        scale,
+        window,
+        soft_cap,
+        sink_logits,
     )
     return out
 

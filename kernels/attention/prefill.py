@@ -2,6 +2,7 @@
 
 A row is a query token of one of the query heads that share a KV head, ROWS of them in a program, so a page is decoded once for all of them.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -61,7 +62,9 @@ def prefill_kernel(
         since = tl.maximum(context + n // GROUP - (WINDOW - 1), 0)
         first_page = tl.minimum(tl.min(since, 0), context) // P
 
-    q0, q1, q2, q3, q_sum, offset = rotated_queries(q, tokens, hq, live, stride_q, stride_qh, scale, KC, KU, K_WIDE, D, DP, KB, ROTATE, BLOCK_K)
+    q0, q1, q2, q3, q_sum, offset = rotated_queries(
+        q, tokens, hq, live, stride_q, stride_qh, scale, KC, KU, K_WIDE, D, DP, KB, ROTATE, BLOCK_K
+    )
 
     top = tl.full((N,), NOTHING, tl.float32)
     denominator = tl.zeros((N,), tl.float32)

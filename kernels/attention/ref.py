@@ -9,6 +9,7 @@ For a query token at position i of its sequence and a query head whose KV head i
 Visible are t <= i, and with a window w only the last w of them: i - w < t. k and v are read from the pages in rotated space, so q is rotated
 before and the output after; q.k and the sum do not change by it.
 """
+
 import torch
 from torch import Tensor
 

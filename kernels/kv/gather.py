@@ -6,6 +6,7 @@ A rotated token is (code - half) * scale + zero + mean, and rotation is linear, 
 
 The first sum is a product of small integers with signs, exact; the second is b where d starts a block of R and 0 elsewhere.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -94,10 +95,14 @@ def gather_kernel(
             codes = round_to(codes.reshape(P, 4 * KU).to(tl.float32) - tile.key_offset(j, KB), tl.float16)
             y = _rotate_codes(y, tl.trans(codes), sign, tl.float16)
             if MEAN:
-                mean += tl.sum(sign * tl.load((page + MEAN_K).to(tl.pointer_type(tl.float16)) + to, mask=to >= 0, other=0.0).to(tl.float32)[None, :], 1)
+                mean += tl.sum(
+                    sign * tl.load((page + MEAN_K).to(tl.pointer_type(tl.float16)) + to, mask=to >= 0, other=0.0).to(tl.float32)[None, :], 1
+                )
             if S > 0:
                 if entry == 0:
-                    rows = _rotate_codes(rows, tl.trans(tile.row_keys(page + ROWS_K, r, row_inside, j, KC, KU, K_WIDE, D)), sign, tl.float16)
+                    rows = _rotate_codes(
+                        rows, tl.trans(tile.row_keys(page + ROWS_K, r, row_inside, j, KC, KU, K_WIDE, D)), sign, tl.float16
+                    )
         _put(
             k, y, rows, scale, zero, mean, page + ROW_SCALES, t, inside, row_inside, row + at, row + row_at, h, entry, stride_k, stride_kh,
             D, DP, S, SP, ROTATE, BLOCK_K,
@@ -142,9 +147,15 @@ def _put(
     tl.store(out + at[None, :] * stride + h * stride_h + d[:, None], x.to(out.dtype.element_ty), mask=inside[None, :] & (d < D)[:, None])
     if S > 0:
         if entry == 0:
-            row_scale, row_zero = tile.scale_and_zero(tl.load(row_scales.to(tl.pointer_type(tl.int32)) + tl.arange(0, SP), mask=row_inside, other=0))
+            row_scale, row_zero = tile.scale_and_zero(
+                tl.load(row_scales.to(tl.pointer_type(tl.int32)) + tl.arange(0, SP), mask=row_inside, other=0)
+            )
             row_x = (rows * row_scale[None, :] + zeros[:, None] * row_zero[None, :]) * norm
-            tl.store(out + row_at[None, :] * stride + h * stride_h + d[:, None], row_x.to(out.dtype.element_ty), mask=row_inside[None, :] & (d < D)[:, None])
+            tl.store(
+                out + row_at[None, :] * stride + h * stride_h + d[:, None],
+                row_x.to(out.dtype.element_ty),
+                mask=row_inside[None, :] & (d < D)[:, None],
+            )
 
 
 def gather(

@@ -4,6 +4,7 @@ Pages are one tensor, uint8 [num_pages, num_kv_heads, nbytes], of any strides bu
 `str(page)` travels in the operators' schemas). All sizes that shape a launch come from tensor shapes and plain numbers, never from values on the
 device, so a CUDA graph can hold every call.
 """
+
 import torch
 from torch import Tensor
 
@@ -63,7 +64,9 @@ def _write(
             write_kernel.write(pages, k, v, slot_mapping, query_start_loc, seq_lens, block_table, layout, max_query_len)
 
 
-def _gather(pages: Tensor, block_table: Tensor, starts: Tensor, cu_lens: Tensor, total: int, page: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gather(
+    pages: Tensor, block_table: Tensor, starts: Tensor, cu_lens: Tensor, total: int, page: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     layout = Page.parse(page)
     check_pages(pages, layout)
     if pages.device.type == "cpu":

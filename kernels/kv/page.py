@@ -39,6 +39,7 @@ w' and p': a lane's words of codes_k, counted u = w*p + i, are split in four run
 
     bit 4j + q of the lane's word u' holds the fifth bit of quarter q of its word u = j*U/4 + u'
 """
+
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

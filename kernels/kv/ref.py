@@ -9,6 +9,7 @@ Let x be a token's rotated key (less its page's mean) or rotated value. With b b
 left out, where there are at least MEAN_TOKENS of them; otherwise the mean of the sequence's previous page; otherwise zero. It is kept in
 float16 and does not change afterwards, so tokens that follow are encoded against the mean that is there.
 """
+
 import torch
 from torch import Tensor
 

@@ -8,6 +8,7 @@
 R is symmetric and its own inverse. It spreads a channel that stands out over its block, so that one scale a token serves all; q.k does not
 change when both are rotated.
 """
+
 from functools import cache
 
 import torch

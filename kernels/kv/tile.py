@@ -11,6 +11,7 @@ scaled here: the kernels take the constant out of the finished sums.
                       5 bits: the same;   8 bits: 1024 + c, 1024 + c
     values  bfloat16  4 bits: 128 + c, four times;   8 bits: c - 128, twice (bfloat16 has no room for a constant)
 """
+
 from functools import cache
 
 import torch
@@ -20,6 +21,7 @@ import triton.language as tl
 from qplugins.kernels.common.device import INTERPRET, from_bits, round_to
 from qplugins.kernels.kv.page import Page, Words, _pow2
 from qplugins.kernels.kv.rotation import block
+
 
 @triton.jit
 def key_offset(piece: tl.constexpr, BITS: tl.constexpr):
@@ -94,10 +96,18 @@ _KEYS4_2 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; lop3.b32 $0, t, $2, 0x
 _KEYS4_3 = tl.constexpr("{ .reg .b32 t, m; shl.b32 m, $2, 4; shr.b32 t, $1, 8; lop3.b32 $0, t, m, 0x54005400, 0xEA; }")
 
 # the fifth bit of code q, bit q of $2's halves once shifted right by $3, put above the four bits that are in $1
-_FIFTH_0 = tl.constexpr("{ .reg .b32 h, s; and.b32 s, $3, 31; shr.b32 h, $2, s; shl.b32 h, h, 4; and.b32 h, h, 0x00100010; or.b32 $0, $1, h; }")
-_FIFTH_1 = tl.constexpr("{ .reg .b32 h, s; and.b32 s, $3, 31; shr.b32 h, $2, s; shl.b32 h, h, 7; and.b32 h, h, 0x01000100; or.b32 $0, $1, h; }")
-_FIFTH_2 = tl.constexpr("{ .reg .b32 h, s; and.b32 s, $3, 31; shr.b32 h, $2, s; shl.b32 h, h, 2; and.b32 h, h, 0x00100010; or.b32 $0, $1, h; }")
-_FIFTH_3 = tl.constexpr("{ .reg .b32 h, s; and.b32 s, $3, 31; shr.b32 h, $2, s; shl.b32 h, h, 5; and.b32 h, h, 0x01000100; or.b32 $0, $1, h; }")
+_FIFTH_0 = tl.constexpr(
+    "{ .reg .b32 h, s; and.b32 s, $3, 31; shr.b32 h, $2, s; shl.b32 h, h, 4; and.b32 h, h, 0x00100010; or.b32 $0, $1, h; }"
+)
+_FIFTH_1 = tl.constexpr(
+    "{ .reg .b32 h, s; and.b32 s, $3, 31; shr.b32 h, $2, s; shl.b32 h, h, 7; and.b32 h, h, 0x01000100; or.b32 $0, $1, h; }"
+)
+_FIFTH_2 = tl.constexpr(
+    "{ .reg .b32 h, s; and.b32 s, $3, 31; shr.b32 h, $2, s; shl.b32 h, h, 2; and.b32 h, h, 0x00100010; or.b32 $0, $1, h; }"
+)
+_FIFTH_3 = tl.constexpr(
+    "{ .reg .b32 h, s; and.b32 s, $3, 31; shr.b32 h, $2, s; shl.b32 h, h, 5; and.b32 h, h, 0x01000100; or.b32 $0, $1, h; }"
+)
 
 _KEYS8_0 = tl.constexpr("{ .reg .b32 t; and.b32 t, $1, 0x00FF00FF; or.b32 $0, t, 0x64006400; }")
 _KEYS8_1 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 t, t, 0x00FF00FF; or.b32 $0, t, 0x64006400; }")

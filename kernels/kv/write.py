@@ -7,7 +7,7 @@ Two kernels. `write_few_kernel` serves decode steps: fewer than MEAN_TOKENS toke
 before; its rows are tokens by heads, so that a program has rows enough for a matrix product. `write_kernel` serves all else: a program owns what
 this write puts into one page of one head, so it knows the page's mean before it encodes, with nothing to wait for.
 """
-import torch
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -150,7 +150,9 @@ def _put_keys(
     if KB == 5:
         high_words = (_fifth(c0, 0, U) + _fifth(c1, 1, U) + _fifth(c2, 2, U) + _fifth(c3, 3, U)).reshape(x.shape[0], U)
         high_column = _key_column(tl.arange(0, U), U // 4, HIGH_WIDE)
-        at = (page + HIGH_K).to(tl.pointer_type(tl.int16))[:, None] + _word_of_key(t[:, None], high_column[None, :], HIGH_G, HIGH_N, HIGH_WIDE)
+        at = (page + HIGH_K).to(tl.pointer_type(tl.int16))[:, None] + _word_of_key(
+            t[:, None], high_column[None, :], HIGH_G, HIGH_N, HIGH_WIDE
+        )
         tl.store(at, high_words.to(tl.int16), mask=stored[:, None])
 
 
@@ -234,7 +236,9 @@ def write_few_kernel(
     if tl.program_id(1) == 0:
         column = _key_column(tl.arange(0, 4 * KU), KU, K_WIDE)
         d = tl.arange(0, DP)
-        x = tl.load(k + index[:, None] * stride_k + head[:, None] * stride_kh + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+        x = tl.load(
+            k + index[:, None] * stride_k + head[:, None] * stride_kh + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
+        )
         m0 = tl.zeros((TOKENS * HEADS, 4 * KU), tl.float32)
         m1, m2, m3 = m0, m0, m0
         if MEAN:
@@ -264,9 +268,31 @@ def write_few_kernel(
         )  # fmt: skip
     else:
         d = tl.arange(0, DVP)
-        x = tl.load(v + index[:, None] * stride_v + head[:, None] * stride_vh + d[None, :], mask=here[:, None] & (d < DV)[None, :], other=0.0)
+        x = tl.load(
+            v + index[:, None] * stride_v + head[:, None] * stride_vh + d[None, :], mask=here[:, None] & (d < DV)[None, :], other=0.0
+        )
         _put_values(
-            x, page, position, stored, sink, tl.arange(0, VCP), P, DV, DVP, VB, S, ROTATE, BLOCK_V, VC, V_G, V_N, V_WIDE, CODES_V, SCALES_V, ROW_SCALES, ROWS_V
+            x,
+            page,
+            position,
+            stored,
+            sink,
+            tl.arange(0, VCP),
+            P,
+            DV,
+            DVP,
+            VB,
+            S,
+            ROTATE,
+            BLOCK_V,
+            VC,
+            V_G,
+            V_N,
+            V_WIDE,
+            CODES_V,
+            SCALES_V,
+            ROW_SCALES,
+            ROWS_V,
         )
 
 
@@ -287,7 +313,9 @@ def _sum_of_page(k, slot_mapping, token, begin, end, stride_k, S: tl.constexpr, 
 
 
 @triton.jit
-def _mean_of_sum(total, count, column, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
+def _mean_of_sum(
+    total, count, column, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr
+):
     to = piece * C + column
     d = tl.arange(0, DP)
     if ROTATE:
@@ -386,7 +414,9 @@ def write_kernel(
             slot = tl.load(slot_mapping + token + t, mask=position < end, other=-1).to(tl.int64)
             stored = slot >= 0
             page = pages + tl.where(stored, slot // P, 0) * stride_p + head * stride_ph
-            x = tl.load(keys + (token + t).to(tl.int64)[:, None] * stride_k + d[None, :], mask=stored[:, None] & (d < D)[None, :], other=0.0)
+            x = tl.load(
+                keys + (token + t).to(tl.int64)[:, None] * stride_k + d[None, :], mask=stored[:, None] & (d < D)[None, :], other=0.0
+            )
             _put_keys(
                 x, page, position, stored, stored & (position < S), m0, m1, m2, m3, column, P, D, DP, KB, S, ROTATE, BLOCK_K,
                 KC, KU, K_G, K_N, K_WIDE, HIGH_G, HIGH_N, HIGH_WIDE, CODES_K, HIGH_K, SCALES_K, ROW_SCALES, ROWS_K,
@@ -452,7 +482,5 @@ def write(
     else:
         grid = (touched_pages(slot_mapping.shape[0], batch, page.page_size), heads, 2)
         write_kernel[grid](
-            *tensors, batch, *strides, ENOUGH=MEAN_TOKENS, BLOCK_T=32, BB=_pow2(batch), num_warps=4, num_stages=1, **page_constants(page)
+            *tensors, batch, *strides, ENOUGH=MEAN_TOKENS, BLOCK_T=64, BB=_pow2(batch), num_warps=8, num_stages=1, **page_constants(page)
         )
-
-

@@ -40,7 +40,17 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
         n = max(decode.rows_of(group, queries)[0], 8 if ptx else 16)
         launch = decode.launch_of(page, n)
         runs = tile.runs_of(page, launch.tokens)
-        args = {"q": "*bf16", "pages": "*u8", **meta, "sums": "*fp32", "ends": "*fp32", "counters": "*i32", "out": "*bf16", "lse": "*fp32", "sink_logits": "*bf16"}
+        args = {
+            "q": "*bf16",
+            "pages": "*u8",
+            **meta,
+            "sums": "*fp32",
+            "ends": "*fp32",
+            "counters": "*i32",
+            "out": "*bf16",
+            "lse": "*fp32",
+            "sink_logits": "*bf16",
+        }
         args |= {"B": "i32", **strides("q qh p ph bt o oh lse"), "scale": "fp32", "soft_cap": "fp32"}
         constants = {
             "GROUP": group, "WINDOW": 0, "SOFT_CAP": False, "HAS_LSE": True, "HAS_SINK": False, "MIN_PAGES": 1, "W": runs, "T": page.page_size // runs,
@@ -48,17 +58,42 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
         }  # fmt: skip
         return compile_for(target, decode.decode_kernel, args, constants | rows | tile.page_constants(page, runs), runs, launch.stages)
     if kernel == "prefill":
-        args = {"q": "*bf16", "pages": "*u8", "block_table": "*i32", "context_lens": "*i32", "query_start_loc": "*i32", "out": "*bf16", "lse": "*fp32"}
+        args = {
+            "q": "*bf16",
+            "pages": "*u8",
+            "block_table": "*i32",
+            "context_lens": "*i32",
+            "query_start_loc": "*i32",
+            "out": "*bf16",
+            "lse": "*fp32",
+        }
         args |= {"sink_logits": "*bf16", **strides("q qh p ph bt o oh lse"), "scale": "fp32", "soft_cap": "fp32"}
         constants = {"GROUP": group, "WINDOW": 0, "SOFT_CAP": False, "HAS_SINK": False, "N": prefill.ROWS, "PTX": ptx}
-        return compile_for(target, prefill.prefill_kernel, args, constants | rows | tile.page_constants(page, 1), prefill.WARPS, prefill.STAGES)
+        return compile_for(
+            target, prefill.prefill_kernel, args, constants | rows | tile.page_constants(page, 1), prefill.WARPS, prefill.STAGES
+        )
     if kernel == "gather":
-        args = {"pages": "*u8", "block_table": "*i32", "starts": "*i32", "cu_lens": "*i32", "k": "*bf16", "v": "*bf16", "B": "i32", **strides("p ph bt k kh v vh")}
-        return compile_for(target, gather.gather_kernel, args, {"BB": 32, "PTX": ptx} | rows | tile.page_constants(page, 1), gather.WARPS, 1)
+        args = {
+            "pages": "*u8",
+            "block_table": "*i32",
+            "starts": "*i32",
+            "cu_lens": "*i32",
+            "k": "*bf16",
+            "v": "*bf16",
+            "B": "i32",
+            **strides("p ph bt k kh v vh"),
+        }
+        return compile_for(
+            target, gather.gather_kernel, args, {"BB": 32, "PTX": ptx} | rows | tile.page_constants(page, 1), gather.WARPS, 1
+        )
     args = {"k": "*bf16", "v": "*bf16", "pages": "*u8", "slot_mapping": "*i64", **meta, **strides("k kh v vh p ph bt")}
     if kernel == "write_few":
-        return compile_for(target, write.write_few_kernel, args | {"heads": "i32"}, {"TOKENS": 2, "HEADS": 8} | write.page_constants(page), 4, 1)
-    return compile_for(target, write.write_kernel, args | {"B": "i32"}, {"ENOUGH": 16, "BLOCK_T": 32, "BB": 32} | write.page_constants(page), 4, 1)
+        return compile_for(
+            target, write.write_few_kernel, args | {"heads": "i32"}, {"TOKENS": 2, "HEADS": 8} | write.page_constants(page), 4, 1
+        )
+    return compile_for(
+        target, write.write_kernel, args | {"B": "i32"}, {"ENOUGH": 16, "BLOCK_T": 64, "BB": 32} | write.page_constants(page), 8, 1
+    )
 
 
 def main() -> None:

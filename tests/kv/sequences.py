@@ -51,7 +51,9 @@ class Batch:
         for b, n in enumerate(lens):
             if n:
                 k, v = keys_and_values(n, heads, page)
-                ref.write(batch.pages, k, v, batch.slots(b, 0, n), torch.tensor([0, n]), torch.tensor([n]), batch.block_table[b : b + 1], page)
+                ref.write(
+                    batch.pages, k, v, batch.slots(b, 0, n), torch.tensor([0, n]), torch.tensor([n]), batch.block_table[b : b + 1], page
+                )
         return batch
 
     def slots(self, b: int, start: int, stop: int) -> Tensor:

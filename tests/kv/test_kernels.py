@@ -42,7 +42,18 @@ def run_decode(batch, queries, group, device, *, window=0, soft_cap=0.0, sink=Fa
     args = [x.to(device) for x in (q, batch.pages, batch.block_table, seq_lens, cu)]
     for _ in range(2):  # a second time on the workspace as the first left it
         decode_kernel.decode(
-            *args, workspace, out, lse, page, max(queries), max(lens), scale, window, soft_cap, None if logits is None else logits.to(device), launch
+            *args,
+            workspace,
+            out,
+            lse,
+            page,
+            max(queries),
+            max(lens),
+            scale,
+            window,
+            soft_cap,
+            None if logits is None else logits.to(device),
+            launch,
         )
         if INTERPRET.value:
             break
@@ -55,7 +66,9 @@ def run_decode(batch, queries, group, device, *, window=0, soft_cap=0.0, sink=Fa
     assert (lse[:tokens] - want_lse[:tokens])[seen].abs().max() < LSE
 
 
-HEADS = [("int4_sink", d) for d in (64, 80, 96, 128, 192, 256)] + [(name, d) for name in ("k5v4_sink", "k8v4_sink", "int8_sink") for d in (64, 96, 128)]
+HEADS = [("int4_sink", d) for d in (64, 80, 96, 128, 192, 256)] + [
+    (name, d) for name in ("k5v4_sink", "k8v4_sink", "int8_sink") for d in (64, 96, 128)
+]
 
 
 @pytest.mark.parametrize("page_size", [64, 128])
@@ -79,12 +92,16 @@ def test_decode_of_a_ragged_batch_with_padding(dtype, device):
     run_decode(Batch.filled(page_of("int4_sink", 64), [700, 1, 0, 130, 64], 2), [1, 1, 1, 1, 0], 4, device, dtype=dtype)
 
 
-@pytest.mark.parametrize("launch", [decode_kernel.Launch(7, 2, None, 32), decode_kernel.Launch(1, 2, None, 64), decode_kernel.Launch(1, 2, None, 128)], ids=str)
+@pytest.mark.parametrize(
+    "launch", [decode_kernel.Launch(7, 2, None, 32), decode_kernel.Launch(1, 2, None, 64), decode_kernel.Launch(1, 2, None, 128)], ids=str
+)
 def test_decode_shared_out_in_any_way(launch, device):
     run_decode(Batch.filled(page_of("int4_sink", 64), [520, 3, 250], 1), [1, 1, 1], 4, device, launch=launch)
 
 
-@pytest.mark.parametrize(("layout", "window", "soft_cap", "sink"), [("int4_sink", 70, 0.0, False), ("k5v4_sink", 0, 5.0, False), ("int8_sink", 3, 0.0, True)])
+@pytest.mark.parametrize(
+    ("layout", "window", "soft_cap", "sink"), [("int4_sink", 70, 0.0, False), ("k5v4_sink", 0, 5.0, False), ("int8_sink", 3, 0.0, True)]
+)
 def test_decode_of_several_queries(layout, window, soft_cap, sink, device):
     run_decode(Batch.filled(page_of(layout, 64), [270, 40, 8], 1), [8, 1, 8], 3, device, window=window, soft_cap=soft_cap, sink=sink)
 
@@ -95,23 +112,52 @@ def test_decode_leaves_pages_before_the_window_alone(device):
     page = batch.page
     q, cu, lens = torch.randn(1, 2, 64), starts([1]), torch.tensor([300], dtype=torch.int32)
     out = torch.full((1, 2, 64), torch.nan, device=device)
-    workspace = torch.zeros(decode_kernel.workspace_bytes(1, 2, 1, page, 1, device), dtype=torch.uint8, device=device)
+    workspace = torch.zeros(decode_kernel.workspace_bytes(3, 2, 1, page, 1, device), dtype=torch.uint8, device=device)
     args = [x.to(device) for x in (q, batch.pages, batch.block_table, lens, cu)]
     decode_kernel.decode(*args, workspace, out, None, page, 1, 300, 0.125, window=100)
     want, _ = attention.decode(q, batch.pages, batch.block_table, lens, cu, page, 0.125, window=100)
     assert rel(out, want) < TOLERANCE
 
 
-@pytest.mark.parametrize("page", ["k4v4,d64,p64,s0", "k4v4,d64,p64,s1", "k4v4,d64,p64,s16", "k4v4,d64,p64,s4,nomean", "k4v4,d64,p64,s4,norot", "k4v4,d64/128,p64,s4"])
+@pytest.mark.parametrize(
+    "page",
+    ["k4v4,d64,p64,s0", "k4v4,d64,p64,s1", "k4v4,d64,p64,s16", "k4v4,d64,p64,s4,nomean", "k4v4,d64,p64,s4,norot", "k4v4,d64/128,p64,s4"],
+)
 def test_decode_of_ablations_and_two_head_dims(page, device):
     run_decode(Batch.filled(Page.parse(page), [70], 1), [1], 2, device)
 
 
 def test_decode_says_when_the_workspace_is_too_small(device):
     batch = Batch.filled(page_of("int4_sink", 64), [20], 1)
-    args = [x.to(device) for x in (torch.randn(1, 1, 64), batch.pages, batch.block_table, torch.tensor([20], dtype=torch.int32), starts([1]))]
+    args = [
+        x.to(device) for x in (torch.randn(1, 1, 64), batch.pages, batch.block_table, torch.tensor([20], dtype=torch.int32), starts([1]))
+    ]
     with pytest.raises(ValueError, match="decode_workspace"):
-        decode_kernel.decode(*args, torch.zeros(16, dtype=torch.uint8, device=device), torch.empty(1, 1, 64, device=device), None, batch.page, 1, 20, 1.0)
+        decode_kernel.decode(
+            *args, torch.zeros(16, dtype=torch.uint8, device=device), torch.empty(1, 1, 64, device=device), None, batch.page, 1, 20, 1.0
+        )
+
+
+def test_a_batch_may_be_too_large(device):
+    with pytest.raises(ValueError, match="make batches smaller"):
+        decode_kernel.workspace_bytes(1 << 14, 64, 8, page_of("int4_sink", 64), 1, device)
+
+
+def test_one_workspace_serves_batches_of_any_size_and_layout(device):
+    # what a small batch leaves must not stand where a large one counts
+    pages = page_of("int4_sink", 64, 64), page_of("int8_sink", 64, 64)
+    workspace = torch.zeros(
+        max(decode_kernel.workspace_bytes(3, 2, 1, page, 1, device) for page in pages), dtype=torch.uint8, device=device
+    )
+    for page, lens in ((pages[0], [400]), (pages[1], [70, 300, 200]), (pages[0], [300, 90])):
+        batch = Batch.filled(page, lens, 1)
+        q, cu, seq_lens = torch.randn(len(lens), 2, 64), starts([1] * len(lens)), torch.tensor(lens, dtype=torch.int32)
+        out = torch.full((len(lens), 2, 64), torch.nan, device=device)
+        args = [x.to(device) for x in (q, batch.pages, batch.block_table, seq_lens, cu)]
+        decode_kernel.decode(*args, workspace, out, None, page, 1, max(lens), 0.125, launch=decode_kernel.Launch(2, 2, None, 64))
+        want, _ = attention.decode(q, batch.pages, batch.block_table, seq_lens, cu, page, 0.125)
+        assert rel(out, want) < TOLERANCE
+        assert not workspace[: 4 * decode_kernel.COUNTERS].any()
 
 
 def run_write(page: Page, steps: list[list[int]], device, *, heads=2, dtype=torch.float32, drop=()):
@@ -169,7 +215,10 @@ def test_write_skips_slots_of_minus_one(device):
     run_write(page_of("int4_sink", 64, 64), [[100, 20], [4, 4]], device, drop=(1, 2, 3))
 
 
-@pytest.mark.parametrize("page", ["k4v4,d64,p64,s0", "k8v4,d64,p64,s1", "k4v4,d64,p64,s16", "k4v4,d64,p64,s4,nomean", "k4v4,d64,p64,s4,norot", "k4v4,d64/128,p64,s4"])
+@pytest.mark.parametrize(
+    "page",
+    ["k4v4,d64,p64,s0", "k8v4,d64,p64,s1", "k4v4,d64,p64,s16", "k4v4,d64,p64,s4,nomean", "k4v4,d64,p64,s4,norot", "k4v4,d64/128,p64,s4"],
+)
 def test_write_of_ablations_and_two_head_dims(page, device):
     run_write(Page.parse(page), [[70, 2], [1, 1]], device)
 
@@ -185,7 +234,13 @@ def test_gather_of_every_page(layout, head_dim, device):
 
 @pytest.mark.parametrize(
     ("layout", "head_dim", "window", "soft_cap", "sink"),
-    [("int4_sink", 128, 0, 0.0, False), ("k5v4_sink", 64, 0, 5.0, False), ("k8v4_sink", 96, 0, 0.0, True), ("int8_sink", 64, 60, 0.0, False), ("int4_sink", 80, 9, 0.0, True)],
+    [
+        ("int4_sink", 128, 0, 0.0, False),
+        ("k5v4_sink", 64, 0, 5.0, False),
+        ("k8v4_sink", 96, 0, 0.0, True),
+        ("int8_sink", 64, 60, 0.0, False),
+        ("int4_sink", 80, 9, 0.0, True),
+    ],
 )
 def test_prefill_over_cached_pages(layout, head_dim, window, soft_cap, sink, device):
     batch = Batch.filled(page_of(layout, head_dim), [150, 0, 20], 1)
@@ -217,7 +272,11 @@ def test_a_cuda_graph_serves_shorter_batches(device):
     page = page_of("int4_sink", 128)
     batch = Batch.filled(page, [900, 300, 500], 2)
     pages, table = batch.pages.to(device), batch.block_table.to(device)
-    q, cu, lens = torch.randn(3, 8, 128, device=device, dtype=torch.bfloat16), starts([1, 1, 1]).to(device), torch.tensor([900, 300, 500], dtype=torch.int32, device=device)
+    q, cu, lens = (
+        torch.randn(3, 8, 128, device=device, dtype=torch.bfloat16),
+        starts([1, 1, 1]).to(device),
+        torch.tensor([900, 300, 500], dtype=torch.int32, device=device),
+    )
     out = torch.empty(3, 8, 128, device=device, dtype=torch.bfloat16)
     workspace = torch.zeros(decode_kernel.workspace_bytes(3, 8, 2, page, 1, device), dtype=torch.uint8, device=device)
 

@@ -42,7 +42,10 @@ def test_a_mean_that_differs_moves_a_key_by_less_than_its_step():
     once, slowly = write_in_chunks(PAGE, k, v, (200,)), write_in_chunks(PAGE, k, v, (20, 60, *[1] * 100, 20))
     (k1, v1), (k2, v2) = (ref.gather(p, table, *span, PAGE, torch.float32) for p in (once, slowly))
     assert v1.equal(v2), "values have no mean"
-    steps = [ref._unpair(ref._part(p, PAGE, "scales_k", torch.int32))[0].float().transpose(1, 2).flatten(0, 1)[:200, :, 0] for p in (once, slowly)]
+    steps = [
+        ref._unpair(ref._part(p, PAGE, "scales_k", torch.int32))[0].float().transpose(1, 2).flatten(0, 1)[:200, :, 0]
+        for p in (once, slowly)
+    ]
     # an error of e steps in each of D rotated values is e * sqrt(D) long, before and after rotation
     bound = (0.5 * (steps[0] + steps[1]) * 64**0.5) * 1.01
     assert ((k1 - k2).norm(dim=-1) <= bound).all() and not k1.equal(k2)
@@ -96,7 +99,9 @@ def test_part_of_a_sequence_is_gathered():
     assert part[:150].equal(whole[2:152]) and part[150:156].equal(whole[264:270])
 
 
-@pytest.mark.parametrize(("window", "soft_cap", "sink"), [(0, 0.0, False), (70, 0.0, False), (0, 5.0, False), (0, 0.0, True), (3, 4.0, True)])
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "sink"), [(0, 0.0, False), (70, 0.0, False), (0, 5.0, False), (0, 0.0, True), (3, 4.0, True)]
+)
 def test_decode_is_attention_over_what_is_gathered(window, soft_cap, sink):
     batch = Batch.filled(PAGE, [200, 0, 3], 2)
     q, cu, lens = torch.randn(6, 6, 64), starts([3, 0, 2]), torch.tensor([200, 0, 3])
@@ -134,7 +139,9 @@ def test_prefill_merged_with_the_chunk_is_attention_over_all(window):
     seen = (t <= i) & (t > i - window) if window else t <= i
     want, want_lse = attention.attend(q, k, v, seen, 0.125)
     chunk = attention.attend(q, k[110:], v[110:], seen[:, 110:], 0.125)
-    cached = prefill(q, batch.pages, batch.block_table, torch.tensor([110]), starts([40]), page, max_query_len=40, scale=0.125, window=window)
+    cached = prefill(
+        q, batch.pages, batch.block_table, torch.tensor([110]), starts([40]), page, max_query_len=40, scale=0.125, window=window
+    )
     out, lse = merge(*chunk, *cached)
     assert rel(out, want) < 0.03 and (lse - want_lse).abs().max() < 0.1  # 8-bit keys, some of them large
 
@@ -153,7 +160,9 @@ def test_the_order_of_roundings():
     k, v = keys_and_values(256, 2, page)
     error = {f.__name__: rel(f(k, v)[0][4:], k[4:]) for f in (fp8, int4_per_token_head)}
     error |= {name: rel(through(layout.page(64, 128))(k, v)[0][4:], k[4:]) for name, layout in KV_LAYOUTS.items()}
-    assert error["int8_sink"] <= error["k8v4_sink"] < error["fp8"] and error["k5v4_sink"] < error["int4_sink"] < error["int4_per_token_head"]
+    assert (
+        error["int8_sink"] <= error["k8v4_sink"] < error["fp8"] and error["k5v4_sink"] < error["int4_sink"] < error["int4_per_token_head"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +177,15 @@ def test_the_order_of_roundings():
 def test_write_says_what_it_wanted(what, says):
     args = dict(pages=torch.zeros(2, 2, PAGE.nbytes, dtype=torch.uint8), k=torch.zeros(5, 2, 64), v=torch.zeros(5, 2, 64)) | what
     with pytest.raises(ValueError, match=says):
-        write(**args, slot_mapping=torch.arange(5), query_start_loc=starts([5]), seq_lens=torch.tensor([5]), block_table=torch.zeros(1, 1), page=PAGE, max_query_len=5)
+        write(
+            **args,
+            slot_mapping=torch.arange(5),
+            query_start_loc=starts([5]),
+            seq_lens=torch.tensor([5]),
+            block_table=torch.zeros(1, 1),
+            page=PAGE,
+            max_query_len=5,
+        )
 
 
 def test_decode_refuses_what_is_a_prefill():

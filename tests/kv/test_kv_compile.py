@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 MAIN = "k4v4,d128,p128,s4"
-KERNELS = ("decode", "prefill", "gather", "write", "write_few")
 CASES = (
-    [(kernel, target, MAIN, 4, 1) for kernel in KERNELS for target in ("sm_80", "sm_90", "sm_100", "gfx942")]
-    + [("decode", "sm_90", page, 4, 1) for page in ("k5v4,d128,p128,s4", "k8v4,d128,p128,s4", "k8v8,d128,p128,s4", "k4v4,d64,p64,s4")]
-    + [("decode", "gfx942", "k5v4,d96,p64,s4", 3, 1), ("write", "sm_90", "k5v4,d80,p128,s4", 4, 1)]
+    [("decode", target, MAIN, 4, 1) for target in ("sm_80", "sm_90", "sm_100", "gfx942")]
+    + [(kernel, target, MAIN, 4, 1) for kernel in ("prefill", "gather", "write", "write_few") for target in ("sm_90", "gfx942")]
+    + [("decode", "sm_90", page, 4, 1) for page in ("k5v4,d128,p128,s4", "k8v8,d128,p128,s4", "k4v4,d64,p64,s4")]
 )
 
 
@@ -22,7 +21,9 @@ def results() -> dict:
     names = ("kernel", "target", "text", "group", "queries")
     lines = "".join(json.dumps(dict(zip(names, case, strict=True))) + "\n" for case in CASES)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, Path(__file__).with_name("offline.py")], input=lines, capture_output=True, text=True, env=env, timeout=500)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("offline.py")], input=lines, capture_output=True, text=True, env=env, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     return {tuple(f[n] for n in names): f for f in found}
@@ -35,8 +36,8 @@ def test_kernel_compiles(case, results):
     if case[1] == "gfx942":
         assert case[0] == "write_few" or found["mfma"] > 0
     if case[1] == "sm_90" and "stack" in found:
-        # decode keeps a few words in memory that are needed before and after its loop over pages
-        assert found["stack"] <= (128 if case[0] == "decode" else 16), "registers are spilled"
+        # decode and prefill keep a few words in memory that are needed before and after their loop over pages
+        assert found["stack"] <= (64 if case[0] in ("decode", "prefill") else 0), "registers are spilled"
 
 
 def test_codes_of_keys_and_values_go_to_the_tensor_core_as_they_were_loaded(results):
