@@ -190,8 +190,11 @@ def run_write(page: Page, steps: list[list[int]], device, *, heads=2, dtype=torc
         assert off.float().mean() < 5e-3 and (a - b).abs().max() <= 1.5 * step * (b.amax() - b.amin())
 
 
-@pytest.mark.parametrize("page_size", [64, 128])
-@pytest.mark.parametrize(("layout", "head_dim"), HEADS + [("k5v4_sink", 80), ("k5v4_sink", 192), ("k8v4_sink", 80)])
+@pytest.mark.parametrize(
+    ("layout", "head_dim", "page_size"),
+    [(*case, 64) for case in [*HEADS, ("k5v4_sink", 80), ("k5v4_sink", 192), ("k8v4_sink", 80)]]
+    + [("int4_sink", 128, 128), ("k5v4_sink", 64, 128)],
+)
 def test_write_of_every_page(layout, head_dim, page_size, device):
     run_write(page_of(layout, head_dim, page_size), [[page_size + 9, 3], [1, 18]], device, heads=1)
 

@@ -70,6 +70,8 @@ def test_slots_of_minus_one_are_left_alone():
     k, v = keys_and_values(95, 2, PAGE)
     slots = torch.cat((batch.slots(0, 0, 70), batch.slots(1, 0, 20), torch.full((5,), -1)))
     slots[[3, 71]] = -1
+    unused = (set(range(len(batch.pages))) - set(batch.used.tolist())).pop()
+    slots[-2:] = unused * 64 + torch.tensor([0, 1])  # of no sequence: as good as -1
     before = batch.pages.clone()
     write(batch.pages, k, v, slots, starts([70, 20]), torch.tensor([70, 20]), batch.block_table, PAGE, 70)
     untouched = torch.ones(len(before), dtype=torch.bool)
