@@ -22,11 +22,34 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 
+KERNELS = ("kernels", "kv")  # folders of tests that call kernels themselves
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: compiled on a GPU, under Triton's interpreter without one. The tests are the same."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def kernel_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of kernels: other numbers in every run, and the interpreter where there is no GPU."""
+    if request.path.parent.name not in KERNELS:
+        return
+    # Triton looks at the variable again while it interprets; processes that other tests start must not have it
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # a failure prints the seed, and `torch.manual_seed` with it brings the same numbers back
+    seed = torch.seed() % (1 << 31)
+    torch.manual_seed(seed)
+    print(f"torch.manual_seed({seed})")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def cost(item: pytest.Item) -> int:
         folder = item.path.relative_to(ROOT).parts
         return 2 * (folder[0] == "integration_tests") + (
-            folder[:2] in (("tests", "kernels"), ("tests", "kv")) or item.get_closest_marker("real_model") is not None
+            (folder[0] == "tests" and folder[1] in KERNELS) or item.get_closest_marker("real_model") is not None
         )
 
     items.sort(key=cost)
