@@ -176,8 +176,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--only", nargs="*", help="caches by name")
+    parser.add_argument(
+        "--write-texts", type=Path, metavar="FOLDER", help="write prose.txt and code.txt, for `qplugins eval kv --text`, and stop"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "kv_ablation.json")
     args = parser.parse_args()
+    if args.write_texts:
+        for name, text in default_texts().items():
+            (args.write_texts / f"{name}.txt").write_text(text, encoding="utf-8")
+        return
     if args.model is None:
         from integration_tests.models import smollm2
 

@@ -405,6 +405,7 @@ def with_sink_logits(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
 # ---- the decode kernel's workspace: one a device, for all layers in turn
 
 _workspaces: dict[torch.device, Tensor] = {}
+_reserved: set[tuple] = set()
 
 
 def workspace(device: torch.device) -> Tensor:
@@ -421,9 +422,10 @@ def reserve(config: VllmConfig, device: torch.device) -> None:
     batch = max(config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0)
     queries = min(max_decode_query_len(config), MAX_QUERY_LEN)
     impls = [x.impl for x in config.compilation_config.static_forward_context.values() if isinstance(getattr(x, "impl", None), PagedImpl)]
-    for heads, kv_heads, page in dict.fromkeys((i.num_heads, i.num_kv_heads, i.page) for i in impls if i.page):
-        found = (
-            decode_workspace(batch, heads, kv_heads, page, queries, device) if device.type != "cpu" else torch.empty(0, dtype=torch.uint8)
-        )
+    for shape in dict.fromkeys((i.num_heads, i.num_kv_heads, i.page) for i in impls if i.page):
+        if (device, batch, queries, shape) in _reserved:
+            continue
+        _reserved.add((device, batch, queries, shape))
+        found = torch.empty(0, dtype=torch.uint8) if device.type == "cpu" else decode_workspace(batch, *shape, queries, device)
         if device not in _workspaces or _workspaces[device].numel() < found.numel():
             _workspaces[device] = found

@@ -1,0 +1,169 @@
+"""What KV dtypes and weight formats give vLLM: how many tokens fit, how long a prompt takes, how long an output token takes.
+
+    source bench/checkout.sh && python bench/engine_vllm.py [--out FILE] [--kv auto int4_sink ...] [--weights bf16 qplugins-nvfp4 ...]
+
+The model has the shape of Llama 3 8B in half of its layers (16) and random weights, so that nothing has to be downloaded; its text means
+nothing. One process for each configuration, otherwise vLLM as it runs by itself: torch.compile and CUDA graphs. Random prompts are sent once,
+which gives the prompts' time, then from the prefix cache for 1 and for 1 + N output tokens: the difference, over N, is the time of an output
+token. A configuration that fails, or takes longer than --timeout, is a row that says why.
+
+weights: bf16; nvfp4, vLLM's own choice of a kernel for a weight-only NVFP4 checkpoint; nvfp4-humming, the kernel by that name; or a
+--quantization of ours that quantizes while loading, such as qplugins-nvfp4. lm_head has 16 bits in all of them.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+KV = ("auto", "fp8", "int4_per_token_head", "int4_sink")
+WEIGHTS = ("bf16", "nvfp4", "nvfp4-humming", "qplugins-nvfp4")
+SHAPES = ((16, 8192), (8, 32768))
+OUTPUT_TOKENS = 96
+REPEATS = 3
+MARK = "ROW "
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 40960,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NVFP4 = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "format": "nvfp4-pack-quantized",
+            "weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True, "dynamic": False},
+            "input_activations": None,
+            "output_activations": None,
+        }
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def model(folder: Path, weights: str) -> tuple[str, dict]:
+    """A folder with the config alone, and vLLM's arguments for those weights."""
+    config = LLAMA | ({"quantization_config": NVFP4} if weights.startswith("nvfp4") else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    if weights.startswith("qplugins-"):
+        return str(folder), {"quantization": weights}
+    return str(folder), {"kernel_config": {"linear_backend": "humming"}} if weights == "nvfp4-humming" else {}
+
+
+def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: dict) -> dict:
+    """A row of one configuration, measured in this process."""
+    import torch
+    from vllm import LLM, SamplingParams, __version__
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path, arguments = model(Path(folder), weights)
+        sizes = sorted({1, *(batch for batch, _ in shapes)})
+        options = {
+            "max_model_len": max(n for _, n in shapes) + 2 * OUTPUT_TOKENS,
+            "max_num_seqs": max(sizes),
+            "max_num_batched_tokens": 8192,
+            "gpu_memory_utilization": 0.85,
+            "compilation_config": {"cudagraph_capture_sizes": sizes},
+        }
+        llm = LLM(path, kv_cache_dtype=kv_cache_dtype, load_format="dummy", skip_tokenizer_init=True, **options | arguments | more)
+    row = {
+        "kv": kv_cache_dtype,
+        "weights": weights,
+        "vllm": __version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+    row |= {"tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens, "start_s": round(time.perf_counter() - started, 1)}
+    rng = random.Random(0)
+
+    def seconds(prompts: list[list[int]], new: int) -> float:
+        ask = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": p} for p in prompts], ask, use_tqdm=False)
+        return time.perf_counter() - start
+
+    seconds([[rng.randrange(1000, 128000) for _ in range(9000)]], 8)  # kernels are compiled at their first use
+    for batch, length in shapes:
+        name = f"{batch}x{length}"
+        if row["tokens"] and row["tokens"] < batch * (length + OUTPUT_TOKENS + 1):
+            row[f"{name}_note"] = f"{batch * length:,} tokens do not fit"
+            continue
+        prompts = [[rng.randrange(1000, 128000) for _ in range(length)] for _ in range(batch)]
+        row[f"{name}_prefill_s"] = round(seconds(prompts, 1), 3)
+        seconds(prompts, 1 + OUTPUT_TOKENS)
+        times = [1000 * (seconds(prompts, 1 + OUTPUT_TOKENS) - seconds(prompts, 1)) / OUTPUT_TOKENS for _ in range(REPEATS)]
+        row[f"{name}_token_ms"] = round(statistics.median(times), 3)
+        row[f"{name}_token_ms_all"] = [round(t, 3) for t in times]
+    return row
+
+
+def in_a_process(kv: str, weights: str, shapes: list[tuple[int, int]], more: dict, timeout: float) -> dict:
+    command = [sys.executable, __file__, "--one", json.dumps([kv, weights, shapes, more])]
+    failed = {"kv": kv, "weights": weights}
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=False)
+        except subprocess.TimeoutExpired:
+            return failed | {"note": f"took longer than {timeout:.0f} s"}
+        log.seek(0)
+        lines = log.read().splitlines()
+    rows = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    if rows:
+        return json.loads(rows[-1])
+    errors = [line.strip() for line in lines if "Error" in line and "root cause" not in line] or lines[-1:] or ["no output"]
+    return failed | {"note": errors[-1][-400:], "first_error": errors[0][-400:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kv", nargs="+", default=list(KV))
+    parser.add_argument("--weights", nargs="+", default=["bf16"], help=" ".join(WEIGHTS))
+    parser.add_argument("--shapes", nargs="+", default=[f"{b}x{n}" for b, n in SHAPES], metavar="BATCHxTOKENS")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, JSON")
+    parser.add_argument("--timeout", type=float, default=240)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "engine_vllm.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        kv, weights, shapes, more = json.loads(args.one)
+        print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more)), flush=True)
+        return
+    shapes = [tuple(map(int, s.split("x"))) for s in args.shapes]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    rows = []
+    for weights in args.weights:
+        for kv in args.kv:
+            rows.append(in_a_process(kv, weights, shapes, args.engine_args, args.timeout))
+            print(json.dumps(rows[-1]), flush=True)
+            # after each, so that what was measured is there when a later one takes the machine down
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"commit": commit, "output_tokens": OUTPUT_TOKENS, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
