@@ -110,7 +110,8 @@ def main() -> int:
     console.print(
         f"[dim]Perplexity and KL over {found.positions} tokens of English prose (integration_tests/compare.py), the KL over the "
         f"{TOP} tokens that the server\nlists at each and one bucket for the rest, which makes it a lower bound. Embedding and head stay in "
-        f"BF16: in a model this small\nthey are a fifth of the weights. A prompt attends to its own raw keys and values, so this is the weights' price; README has the KV cache's.\n{time.monotonic() - began:.0f} s in all.[/]"
+        f"BF16: in a model this small\nthey are a fifth of the weights. A prompt attends to its own raw keys and values, so this is the "
+        f"weights' price; the KV cache's is\nin README.md. {time.monotonic() - began:.0f} s in all.[/]"
     )
     if "Paris" not in answer:
         console.print("[red]The answer should have named Paris.[/]")
