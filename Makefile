@@ -17,6 +17,7 @@ SGLANG := .venv/sglang
 PY ?= $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+OP ?= linear
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,10 +36,11 @@ check: $(VENV)/.done ## format, lint, README's tables and the import rules
 	$(VENV)/bin/python -m pytest -q tests/test_layering.py
 
 test-gpu: ## the tests that need a GPU, with the Python that has qplugins and vLLM: make test-gpu PY=python
-	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PY) -m pytest tests/kernels tests/kv $(PYTEST_ARGS)  # interpreted elsewhere, compiled here
+	$(PY) -m pytest -m gpu integration_tests --ignore integration_tests/engine_sglang $(PYTEST_ARGS)
 
-bench: ## time the kernels on this machine's GPU: make bench PY=python
-	$(PY) bench/linear.py
+bench: ## time the kernels on this machine's GPU: make bench PY=python OP=linear, or attention, engine_vllm, engine_sglang
+	$(PY) bench/$(OP).py
 
 wheel: $(VENV)/.done ## build dist/qplugins-*.whl
 	rm -rf build dist  # setuptools would pack what an earlier version left there
