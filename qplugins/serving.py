@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from qplugins.kv_map import KVMap
 from qplugins.layer_map import PRESETS, LayerMap
 
 
@@ -42,6 +43,17 @@ def check_producer(quantization_config: Mapping, engine: str) -> None:
             f"--quantization qplugins reads checkpoints in the compressed-tensors layout; this one says quant_method {producer!r}. "
             f"Leave --quantization out to serve it by {engine}'s own methods."
         )
+
+
+def unused_kv_scheme(quantization_config: Mapping) -> str | None:
+    """A sentence, for a checkpoint whose kv_cache_scheme is none that is served here (FP8 with stored scales); None where there is none."""
+    scheme = quantization_config.get("kv_cache_scheme")
+    if not scheme or KVMap.from_config(quantization_config).default is not None:
+        return None
+    return (
+        f"the checkpoint's kv_cache_scheme ({scheme.get('num_bits')} bits, {scheme.get('type', 'int')}) and its scales are not used: "
+        "the KV cache has the dtype that --kv-cache-dtype names"
+    )
 
 
 def quantized_already(preset: str) -> ValueError:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qplugins import serving
 from qplugins.kv_map import KVMap
 
 
@@ -67,3 +68,9 @@ def test_map_of_a_checkpoint():
     assert KVMap.from_config(config).resolve(2) == ["int8_sink", "int4_sink"]
     with pytest.raises(ValueError, match="quantization_config, qplugins: kv_layers"):
         KVMap.from_config({"qplugins": {"kv_layers": [1]}})
+
+
+def test_fp8_scheme_of_a_checkpoint_is_said_to_be_unused():
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    assert "kv_cache_scheme (8 bits, float) and its scales are not used" in serving.unused_kv_scheme({"kv_cache_scheme": fp8})
+    assert serving.unused_kv_scheme({"kv_cache_scheme": {"num_bits": 4}}) is None and serving.unused_kv_scheme({}) is None

@@ -96,6 +96,8 @@ class CheckpointConfig(MappedConfig):
         if config is None:
             raise serving.plain_checkpoint()
         self.layer_map = LayerMap.from_config(config)
+        if warning := serving.unused_kv_scheme(config):
+            logger.warning(warning)
         self.unseen: set[str] = set()
 
     @classmethod
