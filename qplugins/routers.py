@@ -11,19 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from qplugins.formats import Format
-from qplugins.layer import MixedLinear, Span
+from qplugins.layer import MixedLinear, Shard, Span
 from qplugins.layer_map import LayerMap
 
 
 def formats(layer_map: LayerMap, names: Sequence[str], parts: Sequence[Span]) -> list[Format]:
-    """Each part's format, by its shape on this rank. A layer that the engine builds in more parts than it has names is refused."""
+    """Each part's format, by its shape on this rank. Raises ValueError as `shards` does, and for a format that does not fit."""
+    return [_format(layer_map, name, part) for name, part in zip(_each(names, parts), parts, strict=True)]
+
+
+def shards(names: Sequence[str], formats: Sequence[Format], parts: Sequence[Span], dtype: torch.dtype) -> list[Shard]:
+    """Every part of a layer, to be loaded. names: the checkpoint's, one a part or one for all.
+
+    Raises ValueError for a layer that the engine builds of other parts than it has names for.
+    """
+    return [Shard(name, fmt, part, dtype) for name, fmt, part in zip(_each(names, parts), formats, parts, strict=True)]
+
+
+def _each(names: Sequence[str], parts: Sequence[Span]) -> Sequence[str]:
     if len(names) == 1:
-        names = [*names] * len(parts)
+        return [*names] * len(parts)
     if len(names) != len(parts):
         raise ValueError(
             f"{', '.join(names)}: the engine builds this layer of {len(parts)} matrices, its model names {len(names)}; it cannot be quantized"
         )
-    return [_format(layer_map, name, part) for name, part in zip(names, parts, strict=True)]
+    return names
 
 
 def _format(layer_map: LayerMap, name: str, part: Span) -> Format:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qplugins.formats import BF16
 from qplugins.layer import MixedLinear, Shard, Span, pad_rows, quantize_weight
 from qplugins.layer_map import LayerMap
-from qplugins.routers import add_router, add_routers, formats, load_random, part_of, remove_routers
+from qplugins.routers import add_router, add_routers, formats, load_random, part_of, remove_routers, shards
 from qplugins.sglang import compat
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,7 @@ class LinearMethod(Method, LinearMethodBase):
         self.dtype = params_dtype
         parts = spans(layer, input_size_per_partition, input_size, output_partition_sizes)
         found = formats(self.layer_map, self.names, parts)
-        names = self.names if len(self.names) == len(parts) else self.names * len(parts)
-        layer.mixed = MixedLinear([Shard(n, f, s, params_dtype) for n, f, s in zip(names, found, parts, strict=True)])
+        layer.mixed = MixedLinear(shards(self.names, found, parts, params_dtype))
         add_routers(layer, layer.mixed)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -120,9 +119,8 @@ class OnlineLinearMethod(Method, LinearMethodBase):
         add_router(layer, "weight", params_dtype, lambda tensor, shard_id: self.load(layer, tensor, part_of(shard_id, len(self.parts))))
 
     def allocate(self, mixed: MixedLinear) -> None:
-        names = self.names if len(self.names) == len(self.parts) else self.names * len(self.parts)
         with self.device:
-            mixed.shards.extend(Shard(n, BF16, s, self.dtype) for n, s in zip(names, self.parts, strict=True))
+            mixed.shards.extend(shards(self.names, [BF16] * len(self.parts), self.parts, self.dtype))
 
     def load(self, layer: torch.nn.Module, tensor: Tensor, ids: Sequence[int]) -> None:
         if not layer.mixed.shards:
@@ -132,11 +130,11 @@ class OnlineLinearMethod(Method, LinearMethodBase):
             self.quantize(layer)
 
     def quantize(self, layer: torch.nn.Module) -> None:
-        shards = [shard.matrix().weight for shard in layer.mixed.shards]
+        parts = [shard.matrix().weight for shard in layer.mixed.shards]
         layer.mixed.shards = torch.nn.ModuleList()
-        weight = torch.cat(shards)
-        sizes = [len(s) for s in shards]
-        del shards
+        weight = torch.cat(parts)
+        sizes = [len(part) for part in parts]
+        del parts
         logger.debug("%s: %s", ", ".join(self.names), layer.mixed.finish(quantize_weight(weight, sizes, self.formats), dtype=self.dtype))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:

@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from qplugins.layer import MixedLinear, Shard, Span, pad_rows, quantize_weight
 from qplugins.layer_map import LayerMap
-from qplugins.routers import add_routers, formats, load_random, remove_routers
+from qplugins.routers import add_routers, formats, load_random, remove_routers, shards
 
 logger = init_logger("vllm.qplugins")
 
@@ -58,10 +58,9 @@ class LinearMethod(LinearMethodBase):
 
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **attrs):
         parts = spans(layer, input_size_per_partition, input_size, output_partition_sizes)
-        found = formats(self.layer_map, self.names, parts)
-        names = self.names if len(self.names) == len(parts) else [*self.names] * len(parts)
         self.dtype = params_dtype
-        layer.mixed = MixedLinear([Shard(n, f, s, params_dtype) for n, f, s in zip(names, found, parts, strict=True)])
+        found = formats(self.layer_map, self.names, parts)
+        layer.mixed = MixedLinear(shards(self.names, found, parts, params_dtype))
         add_routers(layer, layer.mixed)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
