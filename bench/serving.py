@@ -1,0 +1,116 @@
+"""One figure that a user would quote: `vllm bench serve` against servers that differ in their KV cache alone, each with 8 GiB for it.
+
+    source bench/checkout.sh && python bench/serving.py [--out FILE] [--kv auto fp8 int4_sink] [--weights bf16 qplugins-nvfp4]
+
+8,192 tokens in and 256 out, random, as many requests at once as the cache holds and four times as many in all: requests a second, and the
+median and 99th percentile of the time to the first token and between tokens. The model is that of engine_vllm.py, 16 layers of Llama 3 8B's
+shape with random weights, and a vocabulary as large as that of the tokenizer at hand.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from bench.common import table  # noqa: E402
+from bench.engine_vllm import LLAMA  # noqa: E402
+from integration_tests.models import smollm2  # noqa: E402
+from integration_tests.server import NAME, ServerFailed, VllmServer  # noqa: E402
+
+FIGURES = {
+    "req_s": "request_throughput",
+    "ttft_p50": "median_ttft_ms",
+    "ttft_p99": "p99_ttft_ms",
+    "itl_p50": "median_itl_ms",
+    "itl_p99": "p99_itl_ms",
+}
+WAVES = 4
+
+
+def model(folder: Path, **shape: int) -> Path:
+    """A config, and SmolLM2's tokenizer; vLLM makes the weights."""
+    tokenizer = smollm2()
+    for file in tokenizer.glob("*token*"):
+        (folder / file.name).symlink_to(file)
+    vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": vocabulary} | shape))
+    return folder
+
+
+def load(server: VllmServer, tokenizer: Path, concurrency: int, tokens_in: int, tokens_out: int, result: Path) -> dict:
+    """`vllm bench serve` of WAVES * concurrency requests, after a first one."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", server.url, "--model", NAME]
+    command += ["--tokenizer", str(tokenizer), "--dataset-name", "random", "--ignore-eos", "--num-warmups", "1", "--disable-tqdm"]
+    command += ["--random-input-len", str(tokens_in), "--random-output-len", str(tokens_out)]
+    command += ["--max-concurrency", str(concurrency), "--num-prompts", str(WAVES * concurrency)]
+    command += ["--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99"]
+    command += ["--save-result", "--result-dir", str(result.parent), "--result-filename", result.name]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    if run.returncode:
+        raise RuntimeError(f"vllm bench serve: {run.stderr[-500:]}")
+    return json.loads(result.read_text())
+
+
+def measure(kv: str, weights: str, options: argparse.Namespace, folder: Path) -> dict:
+    """A row of one configuration."""
+    path = model(folder, **options.shape)
+    args = ["--load-format", "dummy", "--kv-cache-dtype", kv, "--kv-cache-memory-bytes", str(options.kv_bytes), "--max-num-seqs", "256"]
+    row = {"kv": kv, "weights": weights}
+    try:
+        with VllmServer(
+            path,
+            quantization=None if weights == "bf16" else weights,
+            dtype=options.dtype,
+            max_model_len=options.tokens_in + options.tokens_out + 128,
+            compiled=not options.eager,
+            args=[*args, *options.engine_args],
+        ) as server:
+            row["tokens"] = int(re.search(r"KV cache size: ([\d,]+) tokens", server.log)[1].replace(",", ""))
+            row["concurrency"] = min(256, row["tokens"] // (options.tokens_in + options.tokens_out))
+            found = load(server, path, row["concurrency"], options.tokens_in, options.tokens_out, folder / "result.json")
+    except (ServerFailed, RuntimeError, subprocess.TimeoutExpired) as e:
+        return row | {"note": str(e)[-400:]}
+    return row | {name: round(found[key], 3) for name, key in FIGURES.items()} | {"failed": found.get("failed", 0)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kv", nargs="+", default=["auto", "fp8", "int4_sink"])
+    parser.add_argument("--weights", nargs="+", default=["bf16"], help="bf16, or a --quantization of ours such as qplugins-nvfp4")
+    parser.add_argument("--kv-bytes", type=int, default=8 << 30)
+    parser.add_argument("--tokens-in", type=int, default=8192)
+    parser.add_argument("--tokens-out", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--shape", type=json.loads, default={}, help="entries of the model's config to replace, JSON")
+    parser.add_argument("--engine-args", nargs="*", default=[], help="further arguments of vllm serve")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "serving.json")
+    options = parser.parse_args()
+    import torch
+    from vllm import __version__
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {"device": device, "torch": torch.__version__, "vllm": __version__, "commit": commit or "unknown"}
+    about |= {"tokens_in": options.tokens_in, "tokens_out": options.tokens_out, "kv_bytes": options.kv_bytes}
+    rows = []
+    for weights in options.weights:
+        for kv in options.kv:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure(kv, weights, options, Path(folder)))
+            print(json.dumps(rows[-1]), flush=True)
+            # after each, so that what was measured is there when a later one takes the machine down
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    columns = ["kv", "weights", "tokens", "concurrency", *FIGURES]
+    print(table(columns, ([row.get(c, "") for c in columns] for row in rows)))
+
+
+if __name__ == "__main__":
+    main()
