@@ -16,10 +16,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.common import Row, bandwidth, copies, rel_rms, save, table, time_us  # noqa: E402
+from bench.common import Row, rel_rms, save, table  # noqa: E402
 from qplugins.kernels.attention import decode as decode_kernel  # noqa: E402
 from qplugins.kernels.attention import ref as attention  # noqa: E402
 from qplugins.kernels.attention.op import merge, prefill  # noqa: E402
+from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
 from qplugins.kernels.kv import ref  # noqa: E402
 from qplugins.kernels.kv.op import gather, write  # noqa: E402
 from qplugins.kernels.kv.page import Page  # noqa: E402

@@ -1,9 +1,9 @@
-"""What the benchmarks share: timing with CUDA graphs on inputs that are not in the cache, and results as rows of JSON."""
+"""What the benchmarks share: results as rows of JSON. Timing is that of `kernels/common/timing.py`."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,33 +28,6 @@ class Row:
     floor_us: float
     note: str = ""
     error: float | None = field(default=None)
-
-
-def time_us(calls: list[Callable[[], object]], rep_ms: float = 20) -> float:
-    """Microseconds of one call: the median over replays of a CUDA graph that makes all `calls`, again and again, for about rep_ms.
-
-    Give one call for each copy of the inputs, enough of them that no copy is in the cache when its turn comes: see `copies`.
-    """
-
-    def all_of_them() -> None:
-        for call in calls:
-            call()
-
-    return triton.testing.do_bench_cudagraph(all_of_them, rep=rep_ms, return_mode="median") * 1000 / len(calls)
-
-
-def copies(nbytes: int) -> int:
-    """How many sets of inputs of that size exceed the cache twice over, so that each is read from memory."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(1, -(-2 * cache // max(nbytes, 1)))
-
-
-def bandwidth() -> float:
-    """Bytes a second that a large copy on the device moves, reads and writes together: by the driver or by a kernel, whichever is quicker."""
-    a = torch.randn(1 << 29, dtype=torch.float32, device="cuda")
-    b = torch.empty_like(a)
-    us = min(time_us([call], 20) for _ in range(3) for call in (lambda: b.copy_(a), lambda: torch.mul(a, 2, out=b)))
-    return 2 * a.nbytes / us * 1e6
 
 
 def rel_rms(got: torch.Tensor, want: torch.Tensor) -> float:

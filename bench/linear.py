@@ -11,9 +11,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from bench import rivals, shapes  # noqa: E402
-from bench.common import Row, bandwidth, copies, rel_rms, save, table, time_us  # noqa: E402
-from qplugins.kernels.linear import kernel  # noqa: E402
+from bench import rivals  # noqa: E402
+from bench.common import Row, rel_rms, save, table  # noqa: E402
+from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
+from qplugins.kernels.linear import kernel, workload  # noqa: E402
 from qplugins.kernels.linear.ref import matmul  # noqa: E402
 
 TOLERANCE = 0.012  # of |y|: two roundings to bf16 are 0.003, x rounded to e4m3 is not held to it
@@ -24,7 +25,7 @@ def own(name: str):
     """qplugins' weight-only kernel; for fp8 its W8A8 product too."""
 
     def weight_only(q, count):
-        sets = shapes.layer(name, *q.shape, count, q)
+        sets = workload.layer(name, *q.shape, count, q)
 
         def calls(x):
             y = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device=x.device)
@@ -51,9 +52,9 @@ def run(formats: list[str], models: list[str], rows: list[int], only: list[str] 
     found: list[Row] = []
     for name in formats:
         implementations = {**own(name), **{k: v for k, v in rivals.RIVALS.items() if k != "scaled_mm alone" or name == "fp8"}}
-        for n, k in dict.fromkeys(shape for model in models for shape in shapes.MODELS[model]):
-            q = shapes.random_matrix(name, n, k)
-            nbytes = sum(t.nbytes for t in shapes.layer(name, n, k, 1, q)[0][1])
+        for n, k in dict.fromkeys(shape for model in models for shape in workload.MODELS[model]):
+            q = workload.random_matrix(name, n, k)
+            nbytes = sum(t.nbytes for t in workload.layer(name, n, k, 1, q)[0][1])
             xs = {m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in rows}
             w = q.dequantize()
             want = {m: matmul(x[:256], w) for m, x in xs.items()}
@@ -137,23 +138,17 @@ def summary(found: list[Row]) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--formats", nargs="+", default=["nvfp4", "int4_g128", "fp8", "mxfp4", "int8"], choices=list(shapes.FORMATS))
-    p.add_argument("--models", nargs="+", default=["8b", "70b"], choices=list(shapes.MODELS))
-    p.add_argument("--rows", nargs="+", type=int, help=f"rows of x; default {' '.join(map(str, shapes.ROWS))}")
+    p.add_argument("--formats", nargs="+", default=["nvfp4", "int4_g128", "fp8", "mxfp4", "int8"], choices=list(workload.FORMATS))
+    p.add_argument("--models", nargs="+", default=["8b", "70b"], choices=list(workload.MODELS))
+    p.add_argument("--rows", nargs="+", type=int, help=f"rows of x; default {' '.join(map(str, workload.ROWS))}")
     p.add_argument("--only", nargs="+", help="implementations whose name begins so: qplugins cublas marlin humming machete scaled_mm")
     p.add_argument("--rep", type=float, default=20, help="milliseconds that a timing takes, ten times over")
-    p.add_argument("--tune", action="store_true", help="time every tile of qplugins' kernel instead")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     a = p.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here: the benchmark times kernels on one")
     torch.manual_seed(0)
-    if a.tune:
-        from bench.tune import CLASSES, tune
-
-        save(a.out / "tune.json", tune(a.formats, a.rows or list(CLASSES), a.models))
-        return
-    found = run(a.formats, a.models, a.rows or list(shapes.ROWS), a.only, a.rep)
+    found = run(a.formats, a.models, a.rows or list(workload.ROWS), a.only, a.rep)
     save(a.out / "linear.json", found)
     print("\n" + summary(found))
 

@@ -1,10 +1,10 @@
-"""The matrices that are timed: the layers of two Llama models, in random numbers."""
+"""The matrices that are timed: the layers of two Llama models, in random numbers, on the GPU."""
 
 import torch
 from torch import Tensor
 
-from qplugins.kernels.linear import Spec, pack
-from qplugins.kernels.linear.spec import SCALES
+from qplugins.kernels.linear.layout import pack
+from qplugins.kernels.linear.spec import SCALES, Spec
 from qplugins.kernels.quantized import QuantizedTensor
 
 # N x K of qkv, o, gate_up and down
