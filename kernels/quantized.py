@@ -2,6 +2,9 @@
 
     W[n, k] = (value(codes[n, k]) - zero_point[n, g]) * scale[n, g] * global_scale,      g = k // group_size
 
+Where groups are of columns that do not lie side by side (GPTQ's act-order), codes are kept in the order of the groups, and `columns` says which
+column of W each one is; k above then counts in that order.
+
 Checkpoints differ in how they pack codes; kernels differ in how they want them packed. Both meet here, with one code a byte, so that a
 checkpoint layout and a kernel layout never need to know of each other. `dequantize` is the definition that everything is tested against.
 """
@@ -30,6 +33,7 @@ class QuantizedTensor:
     scale         [N, K / group_size]: float32, bfloat16, float16, float8_e4m3fn, or uint8 for e8m0 exponents
     zero_point    int8, the shape of `scale`, in the units of the code's values; None where it is zero throughout
     global_scale  float32 [], a factor of the whole matrix, or [N, 1] where joined matrices had different ones; None where there is none
+    columns       int32 [K]: codes[:, k] belong to column columns[k] of W; None where that is k
     """
 
     code: str
@@ -37,6 +41,7 @@ class QuantizedTensor:
     scale: Tensor
     zero_point: Tensor | None = None
     global_scale: Tensor | None = None
+    columns: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -45,6 +50,8 @@ class QuantizedTensor:
             raise ValueError(f"scale of shape {tuple(self.scale.shape)} does not divide {n} x {k} codes into groups")
         if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
             raise ValueError(f"zero_point has shape {tuple(self.zero_point.shape)}, scale has {tuple(self.scale.shape)}")
+        if self.columns is not None and self.columns.shape != (k,):
+            raise ValueError(f"columns has shape {tuple(self.columns.shape)}, the matrix has {k} columns")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,4 +69,6 @@ class QuantizedTensor:
         if self.zero_point is not None:
             w = w - self.zero_point.to(torch.float32)[..., None]
         w = (w * scale_values(self.scale)[..., None]).view(n, k)
-        return w if self.global_scale is None else w * self.global_scale
+        if self.global_scale is not None:
+            w = w * self.global_scale
+        return w if self.columns is None else torch.empty_like(w).index_copy_(1, self.columns.to(torch.int64), w)

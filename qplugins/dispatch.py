@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from qplugins.kernels import linear
+from qplugins.kernels import linear, moe
 from qplugins.kernels.linear import Spec
+
+OPERATIONS = {"linear": linear, "experts": moe}
+"""y = x W^T, and the routed experts of a mixture, whose matrices are chosen for one by one all the same."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,22 @@ class Machine:
 CPU = Machine("cpu", None, "CPU")
 
 
-def explain(spec: Spec, machine: Machine, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str | None]]:
-    """Every implementation of y = x W^T in order of preference, with its refusal of this matrix, or None. dtype: of the activations."""
-    rows = [(name, linear.refuses(name, spec, machine.device, machine.capability, dtype)) for name in linear.IMPLEMENTATIONS]
+def explain(spec: Spec, machine: Machine, dtype: torch.dtype = torch.bfloat16, operation: str = "linear") -> list[tuple[str, str | None]]:
+    """Every implementation of an operation in order of preference, with its refusal of this matrix, or None.
+
+    dtype  of the activations            operation  a key of OPERATIONS
+    """
+    op = OPERATIONS[operation]
+    rows = [(name, op.refuses(name, spec, machine.device, machine.capability, dtype)) for name in op.IMPLEMENTATIONS]
     if machine.device != "cpu":
         # it would run, and serve a hundred times slower than anyone expects
         rows = [(name, why or (f"{name} is for CPUs and tests" if name == "reference" else None)) for name, why in rows]
     return rows
 
 
-def choose(spec: Spec, machine: Machine, dtype: torch.dtype = torch.bfloat16) -> str:
+def choose(spec: Spec, machine: Machine, dtype: torch.dtype = torch.bfloat16, operation: str = "linear") -> str:
     """The name of the first implementation that does not refuse. Raises ValueError with every refusal when all do."""
-    rows = explain(spec, machine, dtype)
+    rows = explain(spec, machine, dtype, operation)
     for name, refusal in rows:
         if refusal is None:
             return name

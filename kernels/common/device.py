@@ -7,10 +7,19 @@ Compiled for NVIDIA, arithmetic on bfloat16 and float16 comes as PTX for two val
 `PTX` (constexpr) says whether to; `dtype` is the type that is meant, whatever a tensor has under the interpreter.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@cache
+def on_hopper() -> bool:
+    """Whether kernels are compiled for Hopper. Asked at the first launch: asking at import would start CUDA in processes that fork later."""
+    return not INTERPRET.value and torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @triton.jit
@@ -75,13 +84,13 @@ def mul(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def wait_for_dot(acc, PTX: tl.constexpr):
+def wait_for_dot(acc, HOPPER: tl.constexpr):
     """acc, the result of the last step's `dot`, for certain finished. To stand in front of a `dot` whose first operand is in registers.
 
     Hopper's tensor core reads such registers after the instruction was issued. ptxas before CUDA 13.3 lets the next step overwrite them
     earlier than that (triton-lang/triton issue 9433), which shows as a wrong sum now and then. A use of `acc` has Triton wait first.
     """
-    if PTX:
+    if HOPPER:
         return tl.inline_asm_elementwise("// $0", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
     else:
         return acc

@@ -29,7 +29,9 @@ Scales are stored so that fp16 can hold them as well as bf16, and that decoding 
     e8m0              relative to the row's largest, which is 127; what lies 2 ** -127 below that is zero
     bf16, fp16, f32   divided by a power of two, so that the row's largest is in [1, 2)
 
-and the power of two that a row lost is in `row`. `locks` holds zeros between calls: programs that share a tile's K count their arrivals in it.
+and the power of two that a row lost is in `row`. A matrix whose groups are of columns that do not lie side by side is stored in the order of
+its groups, and `columns` says which column of x meets each of its own; `op` applies it. `locks` holds zeros between calls: programs that
+share a tile's K count their arrivals in it.
 """
 
 from dataclasses import dataclass, replace
@@ -66,6 +68,8 @@ def tensor_names(implementation: str, spec: Spec) -> tuple[str, ...]:
     layout = LAYOUTS.get(implementation)
     if layout is None:
         raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(LAYOUTS)}")
+    if spec.permuted:
+        return (*tensor_names(implementation, replace(spec, permuted=False)), "columns")
     if layout == "plain" or spec.code is None:
         return ("weight",)
     if layout == "fp8":
@@ -115,6 +119,8 @@ def pack(
         raise ValueError(f"{implementation} runs a matrix that is not quantized; this is {spec}")
     if input_scale is not None:
         tensors.append(input_scale.to(q.codes.device, torch.float32).reshape(1))
+    if q.columns is not None:
+        tensors.append(q.columns)
     return Weight(implementation, spec, tuple(tensors))
 
 
@@ -127,7 +133,7 @@ def unpack(w: Weight) -> QuantizedTensor:
         return QuantizedTensor(
             "e4m3", t["weight"].view(torch.uint8), t["scale"].reshape(-1, 1).expand(w.spec.n, 1).to(SCALES[w.spec.scale])
         )
-    return {"rows": _unpack_rows, "tiles": _unpack_tiles}[layout](w.spec, t)
+    return replace({"rows": _unpack_rows, "tiles": _unpack_tiles}[layout](w.spec, t), columns=t.get("columns"))
 
 
 def _row_factor(q: QuantizedTensor) -> Tensor:
@@ -197,6 +203,8 @@ def fuse(weights: list[Weight]) -> list[Weight]:
 
 def _joins(a: Weight, b: Weight) -> bool:
     same = a.implementation == b.implementation and replace(a.spec, n=b.spec.n) == b.spec and a.spec.activation != "tensor"
+    if same and a.spec.permuted:  # one x for both; siblings of one layer have the same order, since it comes from their input
+        same = a.tensors[-1].equal(b.tensors[-1])
     return same and (LAYOUTS[a.implementation] != "tiles" or a.spec.n % TILE_N == 0) and a.tensors[0].dtype == b.tensors[0].dtype
 
 
@@ -205,6 +213,9 @@ def _join(a: Weight, b: Weight) -> Weight:
     names = tensor_names(a.implementation, a.spec)
     tensors = []
     for name, s, t in zip(names, a.tensors, b.tensors, strict=True):
+        if name == "columns":
+            tensors.append(s)
+            continue
         dim = 1 if LAYOUTS[a.implementation] == "tiles" and name in ("scale", "zero") else 0
         tensors.append(torch.cat((s, t), dim))
     return Weight(a.implementation, spec, tuple(tensors))

@@ -53,8 +53,9 @@ def _linear(x: Tensor, tensors: list[Tensor], plan: str, bias: Tensor | None) ->
             own = tensors[shard.first : shard.first + shard.count]
             on_cpu = x.device.type == "cpu" and shard.spec.code is not None
             run = _run_reference if on_cpu else _RUN[shard.implementation]
+            inputs = rows if shard.columns is None else rows.index_select(1, tensors[shard.columns])
             columns = slice(shard.start, shard.start + shard.spec.n)
-            run(rows, shard, own, y[:, columns], None if bias is None else bias[columns].to(x.dtype))
+            run(inputs, shard, own, y[:, columns], None if bias is None else bias[columns].to(x.dtype))
     return y.view(*x.shape[:-1], layer.n)
 
 
@@ -67,7 +68,9 @@ def _embedding(ids: Tensor, tensors: list[Tensor], plan: str, dtype: torch.dtype
     if len(layer.shards) != 1:
         raise ValueError(f"an embedding is one matrix; the plan has {len(layer.shards)} shards: {plan}")
     shard = layer.shards[0]
-    found = ref.rows(shard.implementation, shard.spec, tensors, ids.reshape(-1).to(torch.int64))
+    found = ref.rows(shard.implementation, shard.spec, tensors[: shard.count], ids.reshape(-1).to(torch.int64))
+    if shard.columns is not None:
+        found = torch.empty_like(found).index_copy_(1, tensors[shard.columns].to(torch.int64), found)
     return found.to(dtype).view(*ids.shape, layer.k)
 
 

@@ -2,7 +2,7 @@
 
 plan    shards joined by "; ", in the order of their columns in the output
 shard   implementation, spec, shape           "triton e2m1*e4m3/16 1536x576"
-spec    code*scale/group[+zero][,activation]  "int4*bf16/128+zero"    "e4m3*f32/row,token"    "plain" for a 16-bit matrix
+spec    code*scale/group[+zero][+permuted][,activation]  "int4*bf16/128+zero"    "e4m3*f32/row,token"    "plain" for a 16-bit matrix
 """
 
 import re
@@ -23,7 +23,8 @@ SCALES = {
 }
 ACTIVATIONS = ("token", "tensor")
 _SHARD = re.compile(
-    r"(?P<impl>\w+) (?:plain|(?P<code>\w+)\*(?P<scale>\w+)/(?P<group>\d+|row)(?P<zero>\+zero)?(?:,(?P<act>\w+))?) (?P<n>\d+)x(?P<k>\d+)"
+    r"(?P<impl>\w+) (?:plain|(?P<code>\w+)\*(?P<scale>\w+)/(?P<group>\d+|row)(?P<zero>\+zero)?(?P<permuted>\+permuted)?(?:,(?P<act>\w+))?)"
+    r" (?P<n>\d+)x(?P<k>\d+)"
 )
 
 
@@ -36,6 +37,7 @@ class Spec:
     group       columns that share a scale; None where a row has one, also when it was given as k
     zero_point  whether groups have one
     activation  what the layer's input is rounded to: None (left alone), "token" (e4m3, a scale a row of x), "tensor" (e4m3, one stored scale)
+    permuted    whether the matrix' columns are in another order than x's. The operator puts x in that order, so that kernels never see it
     """
 
     n: int
@@ -45,6 +47,7 @@ class Spec:
     group: int | None = None
     zero_point: bool = False
     activation: str | None = None
+    permuted: bool = False
 
     def __post_init__(self) -> None:
         if self.code is None:
@@ -68,7 +71,7 @@ class Spec:
     def __str__(self) -> str:
         if self.code is None:
             return f"plain {self.n}x{self.k}"
-        zero = "+zero" if self.zero_point else ""
+        zero = "+zero" * self.zero_point + "+permuted" * self.permuted
         activation = f",{self.activation}" if self.activation else ""
         return f"{self.code}*{self.scale}/{self.group or 'row'}{zero}{activation} {self.n}x{self.k}"
 
@@ -76,18 +79,23 @@ class Spec:
 def spec_of(q: QuantizedTensor, activation: str | None = None) -> Spec:
     """The spec of a quantized matrix."""
     scale = next(name for name, dtype in SCALES.items() if dtype == q.scale.dtype)
-    return Spec(*q.shape, q.code, scale, q.group_size, q.zero_point is not None, activation)
+    return Spec(*q.shape, q.code, scale, q.group_size, q.zero_point is not None, activation, q.columns is not None)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows start .. start + spec.n of the layer's matrix; tensors first .. first + count of the operator's list are its own."""
+    """Rows start .. start + spec.n of the layer's matrix; tensors first .. first + count of the operator's list are its own.
+
+    columns  which of the operator's tensors says in what order the shard, whose spec is then one of a matrix that is not permuted, reads
+             x's columns; None where it reads them as they are
+    """
 
     implementation: str
     spec: Spec
     start: int
     first: int
     count: int
+    columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,7 @@ def parse(text: str) -> Plan:
         if shards and k != shards[0].spec.k:
             raise ValueError(f"shards of one layer read the same input, but have K = {shards[0].spec.k} and {k}: {text}")
         count = len(tensor_names(m["impl"], spec))
-        shards.append(Shard(m["impl"], spec, start, first, count))
-        start, first = start + n, first + count
+        columns = first + count if m["permuted"] else None
+        shards.append(Shard(m["impl"], spec, start, first, count, columns))
+        start, first = start + n, first + count + (columns is not None)
     return Plan(start, shards[0].spec.k, tuple(shards))

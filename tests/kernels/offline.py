@@ -25,7 +25,7 @@ def compile_for(target: str, function, args: dict, constants: dict, warps: int, 
     attrs = {
         (i,): divisible
         for i, name in enumerate(names)
-        if name in args and (args[name].startswith("*") or name in ("K", "stride_x", "stride_y"))
+        if name in args and (args[name].startswith("*") or name in ("K", "stride_x", "stride_y", "stride_scale"))
     }
     source = ASTSource(function, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps, "num_stages": stages})
@@ -56,39 +56,63 @@ def resources(compiled) -> dict:
     return found
 
 
-def linear(target: str, spec, dtype: str, tile) -> dict:
-    """The linear kernel for one spec, compiled."""
+def _found(target: str, compiled) -> dict:
+    if target.startswith("sm_"):
+        return resources(compiled)
+    return {"shared": compiled.metadata.shared, "mfma": compiled.asm["amdgcn"].count("v_mfma")}
+
+
+def _product(target: str, spec, dtype: str, tile) -> tuple[dict, dict]:
+    """Types of the arguments that `product` takes, and its constants."""
     import torch
 
-    from qplugins.kernels.linear.kernel import linear_kernel, powers
-    from qplugins.kernels.linear.layout import scale_word_bits, tile_k
+    from qplugins.kernels.linear.layout import scale_word_bits
+    from qplugins.kernels.linear.product import constants
 
-    scale = f"*i{scale_word_bits(spec)}" if spec.group else "*fp32"
-    zero = f"*i{scale_word_bits(spec, zero=True)}" if spec.zero_point else "*fp32"
     args = {
         "x": f"*{dtype}",
-        "codes": "*i16",
-        "row": "*fp32",
-        "scale": scale,
-        "zero": zero,
-        "bias": f"*{dtype}",
+        "codes": "*i16" if spec.code else f"*{dtype}",
+        "row": "*fp32" if spec.code else f"*{dtype}",
+        "scale": f"*i{scale_word_bits(spec)}" if spec.group else "*fp32",
+        "zero": f"*i{scale_word_bits(spec, zero=True)}" if spec.zero_point else "*fp32",
         "y": f"*{dtype}",
         "work": "*fp32",
         "locks": "*i32",
     }
-    args |= dict.fromkeys(("M", "N", "K", "stride_x", "stride_y", "tiles_k", "pairs", "steps", "split_k", "stripe_m"), "i32")
-    up, down = powers(spec, torch.bfloat16 if dtype == "bf16" else torch.float16)
-    constants = {
-        "CODE": spec.code, "SCALE": spec.scale if spec.group else "row", "GROUP": spec.group or 0, "ZERO": spec.zero_point, "BIAS": True, "UP": up, "OUT": 2.0**down,
-        "EVEN_K": spec.k % (tile.step * tile_k(spec)) == 0, "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "STEP": tile.step,
-        "SHARED_K": tile.split_k > 1, "PTX": target.startswith("sm_"),
-    }  # fmt: skip
-    compiled = compile_for(target, linear_kernel, args, constants, tile.warps, tile.stages)
-    return (
-        resources(compiled)
-        if target.startswith("sm_")
-        else {"shared": compiled.metadata.shared, "mfma": compiled.asm["amdgcn"].count("v_mfma")}
-    )
+    args |= dict.fromkeys(("N", "K", "stride_x", "stride_y", "tiles_k", "pairs", "steps", "split_k", "stripe_m"), "i32")
+    fixed = constants(spec, torch.bfloat16 if dtype == "bf16" else torch.float16, tile)
+    return args, fixed | {"SHARED_K": tile.split_k > 1, "PTX": target.startswith("sm_"), "HOPPER": target == "sm_90"}
+
+
+def linear(target: str, spec, dtype: str, tile) -> dict:
+    """The linear kernel for one spec, compiled."""
+    from qplugins.kernels.linear.kernel import linear_kernel
+
+    args, fixed = _product(target, spec, dtype, tile)
+    args |= {"bias": f"*{dtype}", "M": "i32"}
+    return _found(target, compile_for(target, linear_kernel, args, fixed | {"BIAS": True}, tile.warps, tile.stages))
+
+
+def experts(target: str, spec, dtype: str, tile) -> dict:
+    """The experts' product for one spec, compiled."""
+    from qplugins.kernels.moe.kernel import experts_kernel
+
+    args, fixed = _product(target, spec, dtype, tile)
+    args |= {"order": "*i32", "blocks": "*i32", "stride_scale": "i32", "blocks_m": "i32", "top_k": "i32"}
+    return _found(target, compile_for(target, experts_kernel, args, fixed, tile.warps, tile.stages))
+
+
+def experts_order(target: str, spec, dtype: str, tile) -> dict:
+    """What sorts choices among 512 experts, compiled for a prefill."""
+    from qplugins.kernels.moe.order import CHUNK, ROWS, order_kernel
+
+    args = dict.fromkeys(("ids", "counts", "order", "blocks"), "*i32")
+    args |= dict.fromkeys(("choices", "experts", "chunks", "block_m", "bound"), "i32")
+    fixed = {"ONE": False, "CHUNK": CHUNK, "BINS": 512, "LOG_BINS": 9, "ROWS": ROWS}
+    return _found(target, compile_for(target, order_kernel, args, fixed, tile.warps, tile.stages))
+
+
+KERNELS = {"linear": linear, "experts": experts, "experts_order": experts_order}
 
 
 def main() -> None:
@@ -99,7 +123,7 @@ def main() -> None:
         case = json.loads(line)
         spec = parse(f"triton {case['spec']}").shards[0].spec
         try:
-            found = linear(case["target"], spec, case["dtype"], Tile(**case["tile"]))
+            found = KERNELS[case["kernel"]](case["target"], spec, case["dtype"], Tile(**case["tile"]))
         except Exception as e:
             found = {"error": f"{type(e).__name__}: {e}"}
         print(json.dumps(case | found), flush=True)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,42 +20,55 @@ SPECS = (
     "e4m3*f32/row 4096x4096",
     "int8*bf16/row 4096x4096",
 )
+PLAIN = "plain 4096x4096"
+SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 CASES = (
-    [(target, s, "bf16", SKINNY) for target in ("sm_80", "sm_90", "sm_100", "gfx942") for s in SPECS]
-    + [("sm_90", s, "bf16", SQUARE) for s in SPECS]
-    + [(target, s, "fp16", SQUARE) for target in ("sm_80", "sm_90", "gfx942") for s in SPECS[:1]]
-    + [("sm_90", "int4*bf16/32 1000x1120", "bf16", SKINNY)]
+    [("linear", target, s, "bf16", SKINNY) for target in TARGETS for s in SPECS]
+    + [("linear", "sm_90", s, "bf16", SQUARE) for s in SPECS]
+    + [("linear", target, s, "fp16", SQUARE) for target in ("sm_80", "sm_90", "gfx942") for s in SPECS[:1]]
+    + [("linear", "sm_90", "int4*bf16/32 1000x1120", "bf16", SKINNY)]
+    # the same product, so not in every format again
+    + [("experts", target, SPECS[0], "bf16", SKINNY) for target in TARGETS]
+    + [("experts", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
+    + [("experts", "sm_90", s, "bf16", tile) for s, tile in ((SPECS[0], SQUARE), (SPECS[3], SQUARE), (PLAIN, SQUARE_PLAIN))]
+    + [("experts_order", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
 )
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    lines = "".join(json.dumps({"target": t, "spec": s, "dtype": d, "tile": asdict(tile)}) + "\n" for t, s, d, tile in CASES)
+    names = ("kernel", "target", "spec", "dtype", "tile")
+    lines = "".join(json.dumps(dict(zip(names, (*case, asdict(tile)), strict=True))) + "\n" for *case, tile in CASES)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = Path(__file__).with_name("offline.py")
     done = subprocess.run([sys.executable, program], input=lines, capture_output=True, text=True, env=env, timeout=500)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(CASES)
-    return {(f["target"], f["spec"], f["dtype"], f["tile"]["block_n"]): f for f in found}
+    return {(*(f[name] for name in names[:-1]), f["tile"]["block_n"]): f for f in found}
 
 
 @pytest.mark.parametrize(
-    ("target", "spec", "dtype", "tile"), CASES, ids=[f"{t}-{s}-{d}-{tile.block_n}x{tile.block_m}" for t, s, d, tile in CASES]
+    ("kernel", "target", "spec", "dtype", "tile"),
+    CASES,
+    ids=[f"{'-'.join(case)}-{tile.block_n}x{tile.block_m}" for *case, tile in CASES],
 )
-def test_kernel_compiles(target, spec, dtype, tile, compiled):
-    found = compiled[target, spec, dtype, tile.block_n]
+def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
+    found = compiled[kernel, target, spec, dtype, tile.block_n]
     assert "error" not in found, found["error"]
     if target == "gfx942":
-        assert found["mfma"] > 0
+        assert found["mfma"] > 0 or kernel == "experts_order"
     elif "stack" in found:
         assert found["stack"] == 0, "registers are spilled"
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("tile", [SKINNY, SQUARE], ids=["skinny", "square"])
-def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(spec, tile, compiled):
-    found = compiled["sm_90", spec, "bf16", tile.block_n]
+@pytest.mark.parametrize(
+    ("kernel", "spec", "tile"),
+    [(kernel, s, tile) for kernel, target, s, dtype, tile in CASES if s in SPECS and (target, dtype) == ("sm_90", "bf16")],
+)
+def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, spec, tile, compiled):
+    found = compiled[kernel, "sm_90", spec, "bf16", tile.block_n]
     assert found["wgmma"] > 0 and found["wgmma_from_registers"] == found["wgmma"]
     # see wait_for_dot: registers of a product that is not done are not safe from the next step
     assert found["pending_products"] == 0

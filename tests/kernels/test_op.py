@@ -1,5 +1,7 @@
 """The operators: fused layers, edge sizes, what the compiler sees of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from samples import quantized, rel_rms, spec
@@ -25,6 +27,18 @@ def test_the_reference_on_a_cpu(text, dtype):
     assert y.dtype == dtype and y.shape == (2, 3, 200)
     # float32 sums in another order, then one rounding
     assert rel_rms(y, matmul(x, q.dequantize())) < max(1e-6, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("text", ["int4*fp16/32+zero", "int8*bf16/64"])
+def test_columns_in_the_order_of_their_groups(text, device):
+    """Act-order: x is put in that order by the operator, whatever runs the product."""
+    q = replace(quantized(spec(text, 200, 256), device), columns=torch.randperm(256, dtype=torch.int32).to(device))
+    x = torch.randn(5, 256, dtype=torch.bfloat16, device=device)
+    tensors, p = layer([pack(q, "triton")])
+    assert p == f"triton {text}+permuted 200x256"
+    # a scaled weight is rounded to x's type, and the result is
+    assert rel_rms(linear(x, tensors, p), matmul(x, q.dequantize())) < torch.finfo(torch.bfloat16).eps
+    assert embedding(torch.tensor([7, 0], device=device), tensors, p, torch.float32).equal(q.dequantize()[[7, 0]])
 
 
 def test_blocks_of_rows_join_without_a_seam(monkeypatch):
