@@ -28,6 +28,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
+from qplugins.checkpoints.quality import next_token_logprobs  # noqa: E402
 from qplugins.kernels.kv import ref  # noqa: E402
 from qplugins.kernels.kv.rotation import rotate  # noqa: E402
 from qplugins.kv import KV_LAYOUTS, Layout  # noqa: E402
@@ -131,25 +132,19 @@ def default_texts() -> dict[str, str]:
     return {"prose": "\n\n".join(prose), "code": inspect.getsource(code)}
 
 
-@torch.inference_mode()
-def next_tokens(model: torch.nn.Module, tokens: list[int]) -> Tensor:
-    """float32 [tokens - 1, vocabulary]"""
-    return model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
-
-
 def measure(model: torch.nn.Module, cache: list[CACHE | None], windows: list[list[int]], chosen: list[Variant]) -> list[dict]:
     sums = {v.name: [0.0, 0, 0.0] for v in chosen}
     nll, positions = 0.0, 0
     for window in windows:
         cache[0] = None
-        p = next_tokens(model, window)
+        p = next_token_logprobs(model, window)
         right = torch.tensor(window[1:])[:, None]
         nll -= float(p.gather(1, right).sum())
         positions += len(right)
         for v in chosen:
             cache[0] = v.cache
             started = time.monotonic()
-            q = next_tokens(model, window)
+            q = next_token_logprobs(model, window)
             of = sums[v.name]
             of[0] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
             of[1] += int((p.argmax(-1) == q.argmax(-1)).sum())

@@ -6,32 +6,21 @@
 What is in memory at any time: the pages of one source tensor, its codes, one block of rows in float32, and one output file's tensors.
 """
 
-import errno
-import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qplugins.checkpoints.files import staged
-from qplugins.checkpoints.reader import INDEX, SINGLE, Checkpoint
+from qplugins.checkpoints.files import MAX_SHARD_SIZE, TensorFiles, check_room, other_files, staged, write_others
+from qplugins.checkpoints.reader import Checkpoint
 from qplugins.formats import CheckpointError, Format
 from qplugins.kernels.quantized import QuantizedTensor
 from qplugins.layer_map import Assignment, LayerMap, fused_siblings, to_config
 
-MAX_SHARD_SIZE = 1 << 30
 BLOCK_CPU, BLOCK_GPU = 1 << 18, 1 << 24  # elements of a matrix that are worked on at a time
-SLACK = 1 << 20  # bytes for headers, index and config
-
-# weights in other containers, which a copy of the folder would drag along
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
-
 Progress = Callable[[int, int, str], None]
 
 
@@ -116,9 +105,9 @@ def quantize(
     source, assignment, planned = _plan(src, layer_map)
     if max_shard_size <= 0:
         raise ValueError(f"the largest size of a file has to be positive, is {max_shard_size}")
-    _check_device(device)
-    others = _other_files(source.path)
-    _check_room(Path(out), planned.nbytes_after + sum(f.stat().st_size for f in others))
+    check_device(device)
+    others = other_files(source.path)
+    check_room(Path(out), planned.nbytes_after + sum(f.stat().st_size for f in others))
 
     formats = {m.name: fmt for m, fmt in assignment if fmt.quantized}
     amax = _SharedAmax(source, formats)
@@ -126,7 +115,7 @@ def quantize(
     written: dict[str, int] = {}
     total, done = source.nbytes, 0
     with staged(out) as folder:
-        files = _Files(folder, max_shard_size)
+        files = TensorFiles(folder, max_shard_size)
         for name, entry in source.tensors.items():
             module, _, param = name.rpartition(".")
             if name in planned.dropped:
@@ -144,22 +133,15 @@ def quantize(
                 progress(done, total, name)
         count = files.close()
         config = source.config | {"quantization_config": to_config(assignment)}
-        with _full_disk(folder):
-            (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            for file in others:
-                target = folder / file.relative_to(source.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+        write_others(folder, config, source.path, others)
     layers = (replace(x, error=errors.get(x.name), nbytes_after=written.get(x.name, x.nbytes_after)) for x in planned.layers)
     return replace(planned, files=count, layers=tuple(layers))
 
 
 def _plan(src: str | Path | Checkpoint, layer_map: LayerMap) -> tuple[Checkpoint, Assignment, Report]:
     source = src if isinstance(src, Checkpoint) else Checkpoint.open(src)
-    if source.config.get("quantization_config") or source.config.get("compression_config"):
-        raise CheckpointError(
-            f"{source.path / 'config.json'} has a quantization_config: this checkpoint is quantized already; start from the original"
-        )
+    if source.quantization_config:
+        raise CheckpointError(f"{source.path} has a quantization_config: this checkpoint is quantized already; start from the original")
     source.check()
     heads = [m for m in source.modules() if source.tied and m.name.rsplit(".", 1)[-1] == "lm_head"]
     assignment = layer_map.assign([m for m in source.modules() if m not in heads], [m.name for m in heads] or ["lm_head"] * source.tied)
@@ -230,96 +212,9 @@ def _quantize_matrix(w: Tensor, name: str, fmt: Format, amax: Tensor | None, dev
     return fmt.store(whole), (error / norm) ** 0.5 if norm else 0.0
 
 
-class _Files:
-    """Output files, each written when the next tensors no longer fit; they get their final names when their number is known."""
-
-    def __init__(self, folder: Path, max_size: int) -> None:
-        self.folder, self.max_size = folder, max_size
-        self.pending: dict[str, Tensor] = {}
-        self.size = self.total = self.count = 0
-        self.file_of: dict[str, int] = {}
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Takes the tensors of one layer, which stay in one file."""
-        size = sum(t.nbytes for t in tensors.values())
-        if self.pending and self.size + size > self.max_size:
-            self._write()
-        self.pending |= tensors
-        self.size += size
-        self.total += size
-
-    def _write(self) -> None:
-        self.count += 1
-        with _full_disk(self.folder):
-            save_file({n: t.contiguous() for n, t in self.pending.items()}, self._part(self.count), metadata={"format": "pt"})
-        self.file_of |= dict.fromkeys(self.pending, self.count)
-        self.pending, self.size = {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number}.safetensors"
-
-    def close(self) -> int:
-        """Writes what is left, and the index where there are several files. Returns their number."""
-        self._write()
-        if self.count == 1:
-            self._part(1).rename(self.folder / SINGLE)
-            return 1
-        names = {i: f"model-{i:05d}-of-{self.count:05d}.safetensors" for i in range(1, self.count + 1)}
-        for i, name in names.items():
-            self._part(i).rename(self.folder / name)
-        index = {"metadata": {"total_size": self.total}, "weight_map": {t: names[i] for t, i in sorted(self.file_of.items())}}
-        with _full_disk(self.folder):
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        return self.count
-
-
-class _full_disk:
-    """Says of a write that failed for want of room that this was it, whichever library noticed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, e, traceback) -> None:
-        full = (isinstance(e, OSError) and e.errno == errno.ENOSPC) or (isinstance(e, SafetensorError) and "No space left" in str(e))
-        if full:
-            raise OSError(
-                errno.ENOSPC,
-                "the disk filled up while writing; what was written is removed again. Make room and start over",
-                str(self.folder.parent),
-            ) from e
-
-
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that cannot be used here."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}") from None
-
-
-def _other_files(path: Path) -> list[Path]:
-    """Tokenizer, generation config and whatever else the folder has that is no weight."""
-    files = []
-    for f in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in f.relative_to(path).parts)
-        if (
-            f.is_file()
-            and not hidden
-            and f.suffix not in WEIGHT_SUFFIXES
-            and f != path / "config.json"
-            and not f.name.endswith(".index.json")
-        ):
-            files.append(f)
-    return files
-
-
-def _check_room(out: Path, need: int) -> None:
-    existing = next(p for p in out.absolute().parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    if need + SLACK > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"writing needs {need + SLACK:,} bytes and {existing} has {free:,} free; make room or choose another disk",
-            str(out),
-        )

@@ -1,17 +1,18 @@
 """A Hugging Face checkpoint folder, known by its headers.
 
     config.json                      what the model is, and in `quantization_config` which module is stored how
+    hf_quant_config.json             the latter, where ModelOpt wrote it and config.json does not say
     model.safetensors.index.json     tensor name -> file, where there is more than one file
     *.safetensors                    8 bytes header size, a JSON header {name: dtype, shape, offsets}, then the tensors' bytes
 
-`Checkpoint.open` reads the first two and the headers of the third: names, dtypes and shapes of a large model in well under a second. That
+`Checkpoint.open` reads the JSON and the headers of the tensors' files: names, dtypes and shapes of a large model in well under a second. That
 is enough for `check` to find nearly everything that can be wrong with a checkpoint, before a weight is read and a GPU is filled.
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -21,11 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qplugins.formats import BF16, FORMATS, CheckpointError, Format
+from qplugins.formats import BF16, FOREIGN, FORMATS, PRODUCERS, CheckpointError, Format, producer
 from qplugins.layer_map import LayerMap, Module, is_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MODELOPT = "hf_quant_config.json"
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -33,14 +35,21 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
 # A checkpoint does not say what class a module has. Matrices whose name ends in one of these are looked up by row; all others are "Linear".
 EMBEDDINGS = (
     "embed_tokens", "word_embeddings", "token_embeddings", "tok_embeddings", "embed_in", "wte", "embeddings", "embedding", "shared",
     "embed_tokens_per_layer", "embed_positions", "position_embeddings", "position_embedding", "token_type_embeddings", "wpe",
 )  # fmt: skip
 
-_PARAMS = {p.name for f in FORMATS.values() for p in f.params} | {"weight_g_idx"}
+# ModelOpt's AWQ also scales the input by column, which nothing here does: such a layer must not pass for one without
+_PARAMS = {p.name for f in (*FORMATS.values(), *FOREIGN.values()) for p in f.params} | {"pre_quant_scale"}
 _NUMBERED = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
+
+
+class NoWeights(CheckpointError):
+    """A folder that holds a config, perhaps, and no weights at all."""
 
 
 @dataclass(frozen=True)
@@ -153,21 +162,49 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether the output head is the embedding, and no matrix of its own."""
         declared = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
-        return declared if declared is not None else "lm_head.weight" not in self.tensors and "lm_head.weight_packed" not in self.tensors
+        return declared if declared is not None else not any(t.startswith("lm_head.") for t in self.tensors)
+
+    @cached_property
+    def _quantization(self) -> tuple[Path, Mapping[str, Any]]:
+        """The file that says how modules are stored, and what it says; empty where none does."""
+        where = self.path / "config.json"
+        config = next((c for of in (self.config, self.text_config) for key in QUANTIZATION_KEYS if (c := of.get(key))), {})
+        beside = self.path / MODELOPT
+        # where layers differ, older versions of ModelOpt list them in its own file only
+        incomplete = config.get("quant_algo") == "MIXED_PRECISION" and "quantized_layers" not in config
+        if (not config or incomplete) and beside.exists():
+            return beside, {"quant_method": "modelopt", **_read_json(beside)}
+        return where, config
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any]:
+        """Which module is stored how, in its producer's words; empty for a checkpoint that is not quantized."""
+        return self._quantization[1]
 
     @cached_property
     def layer_map(self) -> LayerMap | None:
-        """Of the config's quantization_config; None where there is none. Raises CheckpointError for one that cannot be read."""
-        config = self.config.get("quantization_config") or self.config.get("compression_config")
+        """Of the quantization_config; None where there is none. Raises CheckpointError for one that cannot be read."""
+        where, config = self._quantization
         if not config:
             return None
-        where = self.path / "config.json"
-        if (method := config.get("quant_method")) != "compressed-tensors":
-            raise CheckpointError(f"{where}: expected quant_method compressed-tensors, found {method!r}, which is not read here")
+        if (method := producer(config)) not in ("compressed-tensors", *PRODUCERS):
+            known = ", ".join(PRODUCERS)
+            raise CheckpointError(f"{where}: expected quant_method compressed-tensors, {known}; found {method!r}, which is not read here")
         try:
             return LayerMap.from_config(config)
         except ValueError as e:
             raise CheckpointError(f"{where}: {e}") from None
+
+    @property
+    def served_map(self) -> LayerMap | None:
+        """The layer map, for engines: matrices that are stored plainly are ignored, although their class is a target.
+
+        A config need not name what it leaves alone (AutoGPTQ's does not), and here it can be seen.
+        """
+        if self.layer_map is None:
+            return None
+        plain = [m.name for m in self.modules() if not m.format.quantized and self.layer_map.rule_for(m.name, m.kind)]
+        return replace(self.layer_map, ignore=(*self.layer_map.ignore, *plain))
 
     @cached_property
     def _grouped(self) -> dict[str, dict[str, Entry]]:
@@ -205,7 +242,7 @@ class Checkpoint:
             fmt.check(name, group, n, k)
             known = {p.name for p in fmt.params}
             for p in group:
-                if p not in known and p.startswith("weight"):
+                if p not in known and not p.startswith("input"):
                     raise CheckpointError(f"{name}.{p}: a layer in {fmt.name} has no such tensor, only {', '.join(sorted(known))}")
             modules.append(StoredModule(name, kind_of(name), n, k, fmt, {p: e for p, e in group.items() if p in known}))
         return tuple(modules)
@@ -266,7 +303,7 @@ def _files(path: Path) -> list[str]:
                 f"{path} has {pickles[0]} and no safetensors file; only safetensors are read, since unpickling runs code. Load the model with "
                 "transformers and save_pretrained it, or take the model's safetensors revision"
             )
-        raise CheckpointError(f"{path} has no safetensors file; a checkpoint is a folder with config.json and safetensors files")
+        raise NoWeights(f"{path} has no safetensors file; a checkpoint is a folder with config.json and safetensors files")
     for file in files:
         if m := _NUMBERED.fullmatch(file):
             for i in range(1, int(m[3]) + 1):

@@ -5,7 +5,7 @@ and positive, and with a source, for each matrix ||W_q - W|| / ||W||. Memory: on
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +68,9 @@ def verify(ckpt: str | Path, against: str | Path | None = None, *, progress: Pro
             progress(done, total, name)
     for module in checkpoint.modules():
         result.formats[module.name] = module.format.name
+        # what formats look at is small next to codes, which were read just now
+        if problem := module.format.problem(checkpoint.load_module(module), module.n, module.k):
+            result.problems.append(f"{module.name}.{problem}")
         if "weight_shape" in module.tensors:
             stored = checkpoint.load(f"{module.name}.weight_shape").tolist()
             if stored != [module.n, module.k]:
@@ -84,7 +87,7 @@ def _blocks(t: Tensor):
 def _values_problem(name: str, t: Tensor) -> str | None:
     """What is wrong with the values of a tensor, as a sentence; None where nothing is."""
     param = name.rpartition(".")[2]
-    is_scale = param.endswith("_scale")
+    is_scale = param.endswith(("_scale", "_scale_2")) or param == "scales"
     if t.dtype == torch.uint8 and is_scale:
         bad = sum(int((b == 255).sum()) for b in _blocks(t))
         return f"{name}: {bad} of {t.numel()} e8m0 scales are 255, which is NaN" if bad else None
@@ -120,7 +123,7 @@ def relative_error(checkpoint: Checkpoint, module: StoredModule, w: Tensor) -> f
 
 
 def _rows(q: QuantizedTensor, part: slice) -> QuantizedTensor:
-    return QuantizedTensor(q.code, q.codes[part], q.scale[part], None if q.zero_point is None else q.zero_point[part], q.global_scale)
+    return replace(q, codes=q.codes[part], scale=q.scale[part], zero_point=None if q.zero_point is None else q.zero_point[part])
 
 
 def _compare(checkpoint: Checkpoint, source: Checkpoint, result: Verification) -> None:

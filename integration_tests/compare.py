@@ -2,8 +2,8 @@
 dequantized weights in float32.
 
 The reference shares nothing with the engines: weights go through `Format.read(...).dequantize()` or `Format.quantize(...).dequantize()`, the
-definitions, and the model is transformers' own. Both sides compute in float32, so that what remains is the order of summation: a mean KL
-around 1e-9. The bars, 1e-3 and 99 %, leave room for engines that compute in 16 bits.
+definitions, and the model is transformers' own (checkpoints/quality.py). Both sides compute in float32, so that what remains is the order of
+summation: a mean KL around 1e-9. The bars, 1e-3 and 99 %, leave room for engines that compute in 16 bits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from qplugins.checkpoints.reader import Checkpoint
-from qplugins.layer_map import LayerMap, fused_siblings
+# what servers are compared with
+from qplugins.checkpoints.quality import dequantized_model as dequantized_model
+from qplugins.checkpoints.quality import next_token_logprobs as next_token_logprobs
+from qplugins.checkpoints.quality import quantized_model as quantized_model
 
 MAX_MEAN_KL = 1e-3
 MIN_TOP1 = 0.99
@@ -47,55 +49,16 @@ def text_tokens(folder: Path, positions: int = POSITIONS) -> list[int]:
     return tokens[: positions + 1]
 
 
-def dequantized_model(folder: Path) -> PreTrainedModel:
-    """A transformers model in float32 with the weights that a quantized checkpoint stands for."""
-    checkpoint = Checkpoint.open(folder)
-    weights, inside = {}, set()
-    for module in checkpoint.modules():
-        inside |= {f"{module.name}.{p}" for p in module.tensors}
-        tensors = checkpoint.load_module(module)
-        weights[f"{module.name}.weight"] = (
-            module.format.read(tensors, module.n, module.k).dequantize() if module.format.quantized else tensors["weight"]
-        )
-    weights |= {name: checkpoint.load(name) for name in checkpoint.tensors if name not in inside}
-    return _model(folder, weights)
+plain_model = dequantized_model  # of a plain checkpoint there is nothing to dequantize
 
 
-def quantized_model(folder: Path, layer_map: LayerMap) -> PreTrainedModel:
-    """A transformers model in float32 with a plain checkpoint's weights sent through the formats of a layer map and back."""
-    checkpoint = Checkpoint.open(folder)
-    weights = {name: checkpoint.load(name) for name in checkpoint.tensors}
-    formats = {m.name: f for m, f in layer_map.assign(checkpoint.modules(), ["lm_head"] * checkpoint.tied) if f.quantized}
-    largest = {name: weights[f"{name}.weight"].abs().amax() for name in formats}
-    for name, fmt in formats.items():
-        # parts of one fused layer share the scale of a whole matrix, where their format has one
-        amax = torch.stack([largest[s] for s in fused_siblings(name) if formats.get(s) is fmt]).amax()
-        weights[f"{name}.weight"] = fmt.quantize(weights[f"{name}.weight"], amax).dequantize()
-    return _model(folder, weights)
-
-
-def plain_model(folder: Path) -> PreTrainedModel:
-    """The model of a plain checkpoint, in float32."""
-    checkpoint = Checkpoint.open(folder)
-    return _model(folder, {name: checkpoint.load(name) for name in checkpoint.tensors})
-
-
-def _model(folder: Path, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, strict=False)
-    missing = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    if missing or unexpected:
-        raise ValueError(f"{folder} does not fit its own config: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
-    return model.eval()
-
-
-@torch.inference_mode()
-def next_token_logprobs(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
-    """float32 [len(tokens) - 1, vocabulary]: row i is about the token after tokens[: i + 1]."""
-    return model(torch.tensor([tokens])).logits[0, :-1].to(torch.float32).log_softmax(-1)
+def laid_out_model(src: Path, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model of a plain checkpoint with some of its matrices, by module name, exchanged for others."""
+    model = plain_model(src)
+    parameters = dict(model.named_parameters())
+    for name, w in weights.items():
+        parameters[f"{name}.weight"].data = w
+    return model
 
 
 @torch.inference_mode()

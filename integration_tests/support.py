@@ -50,6 +50,18 @@ WEIGHTS: dict[str, tuple[Cell, Cell]] = {
         Works(_ANSWERS),
         Works(SGLANG + "test_weights.py::test_sglang_alone_loads_differing_shards_wrong"),
     ),
+    "AutoAWQ, GPTQ (act-order on one rank), NVIDIA ModelOpt": (
+        Works(_ANSWERS),
+        Works(SGLANG + "test_weights.py::test_modelopts_layout_and_its_own_file"),
+    ),
+    "mixtures of experts: gate, up and down in formats of their own": (
+        Works(_ANSWERS),
+        Works(SGLANG + "test_weights.py::test_experts_of_different_formats_on_two_ranks"),
+    ),
+    "experts with biases or other activations, on the move (EPLB)": (
+        Refused(VLLM + "test_moe_contract.py::test_what_is_not_computed_here_is_refused"),
+        Refused(SGLANG + "test_weights.py::test_experts_that_are_not_computed_here_are_refused"),
+    ),
     "a damaged checkpoint": (
         Refused(VLLM + "test_refusals.py::test_scales_that_are_nan"),
         Refused(SGLANG + "test_weights.py::test_refuses_scales_that_are_not_finite"),

@@ -6,7 +6,7 @@ their slices of one output.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class Shard(nn.Module):
 
     def __init__(self, name: str, fmt: Format, span: Span, dtype: torch.dtype) -> None:
         super().__init__()
+        if reason := fmt.refuses_cut(span.columns, span.k):
+            raise ValueError(f"{name}: {reason}")
         self.name, self.format, self.span, self.dtype = name, fmt, span, dtype
         self.loaded: set[str] = set()
         for p in fmt.params:
@@ -54,27 +56,48 @@ class Shard(nn.Module):
         if param == "weight_shape" and tuple(tensor.tolist()) != (self.span.n, self.span.k):
             raise CheckpointError(f"{where}: expected [{self.span.n}, {self.span.k}], the model's, found {tensor.tolist()}")
         mine = p.slice(where, tensor, self.span.rows, self.span.columns)
-        getattr(self, param).data.copy_(mine.reshape(getattr(self, param).shape))
+        mine, held = mine.reshape(p.shape(*self.span.shape)), getattr(self, param)
+        if p.dtype is None and self.format.quantized:
+            # a scale rounded to the model's dtype would be another scale
+            held.data = held.data.to(tensor.dtype)
+        held.data.copy_(mine)
         self.loaded.add(param)
 
+    def load_random(self) -> None:
+        """Random numbers in place of a checkpoint's. Raises ValueError for a format that is only read."""
+        if self.format.quantized and self.format.quantize is None:
+            raise ValueError(f"{self.name}: random weights are quantized when made, and {self.format.name} is a format that is only read")
+        w = torch.randn(self.span.shape, device=next(self.parameters()).device).mul_(0.02).to(self.dtype)
+        stored = self.format.store(self.format.quantize(w, None)) if self.format.quantized else {"weight": w}
+        for name, tensor in stored.items():
+            getattr(self, name).data.copy_(tensor)
+            self.loaded.add(name)
+
+    @property
+    def missing(self) -> list[str]:
+        """The tensors that have yet to be loaded, less those that a layer may lack."""
+        return [p.name for p in self.format.params if p.name not in self.loaded and not p.optional]
+
     def matrix(self) -> "Matrix":
-        """What was loaded. Raises CheckpointError for a missing tensor, and for scales that are not finite."""
-        missing = [p.name for p in self.format.params if p.name not in self.loaded and not p.optional]
-        if missing:
+        """What was loaded. Raises CheckpointError for a missing tensor, for scales that are not finite, and whatever else the format sees."""
+        if self.missing:
             raise CheckpointError(
-                f"{self.name}: {', '.join(missing)} not found in the checkpoint; a layer in {self.format.name} needs them"
+                f"{self.name}: {', '.join(self.missing)} not found in the checkpoint; a layer in {self.format.name} needs them"
             )
-        tensors = {p.name: getattr(self, p.name).data for p in self.format.params}
+        tensors = {p.name: getattr(self, p.name).data for p in self.format.params if p.name in self.loaded}
         for name, t in tensors.items():
-            if "scale" in name and name in self.loaded:
+            if "scale" in name:
                 bad = ~torch.isfinite(t.to(torch.float32)) if t.dtype != torch.uint8 else t == 255
                 if bad.any():
                     raise CheckpointError(
                         f"{self.name}.{name}: {int(bad.sum())} of {t.numel()} scales are NaN or infinite; the checkpoint is damaged"
                     )
+        if problem := self.format.problem(tensors, *self.span.shape):
+            raise CheckpointError(f"{self.name}.{problem}")
         if not self.format.quantized:
             return Matrix(self.format, tensors["weight"])
-        return Matrix(self.format, self.format.read(tensors, *self.span.shape), tensors.get("input_scale"))
+        input_scale = tensors["input_scale"] if self.format.activation == "tensor" else None
+        return Matrix(self.format, self.format.read(tensors, *self.span.shape), input_scale)
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,11 @@ class MixedLinear(nn.Module):
             if param != "weight_shape":
                 shard.load(param, p.slice(f"{shard.name}.{param}", tensor, (start, stop), (0, shard.span.k)))
             start = stop
+
+    def load_random(self) -> None:
+        """Random matrices in place of a checkpoint's, for an engine's `--load-format dummy`: speed can be measured without one."""
+        for shard in self.shards:
+            shard.load_random()
 
     def finish(self, matrices: Sequence[Matrix] | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
         """Turns what was loaded, or `matrices`, into what the kernels read, and frees the rest. dtype: of the activations.
@@ -166,5 +194,5 @@ def pad_rows(matrix: Matrix, n: int) -> Matrix:
 
     # a scale of zero makes zeros of any code; where a scale is an exponent the code is e2m1, whose pattern 0 is zero
     zero = None if q.zero_point is None else pad(q.zero_point)
-    padded = QuantizedTensor(q.code, pad(q.codes), pad(q.scale), zero, q.global_scale)
+    padded = replace(q, codes=pad(q.codes), scale=pad(q.scale), zero_point=zero)
     return Matrix(matrix.format, padded, matrix.input_scale)

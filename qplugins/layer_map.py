@@ -15,7 +15,7 @@ Names are those of the checkpoint, one for each matrix: engines fuse q, k and v,
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qplugins.formats import ALIASES, BF16, Format, format_of_scheme, get_format
+from qplugins.formats import ALIASES, BF16, PRODUCERS, Format, any_format, format_of_scheme, get_format, producer
 
 # Matrices that engines join to one, where they are siblings. vLLM and SGLang keep one global scale for the joined layer, so that these
 # share one where they share a format.
@@ -36,10 +36,44 @@ FUSED = (
 )
 
 
+# the first number in a name is that of its layer
+_NUMBERED = re.compile(r"(?P<before>.*?\.)(?P<number>\d+)(?P<after>\..*)")
+
+
 def fused_siblings(name: str) -> tuple[str, ...]:
     """The names that an engine joins with `name`, itself among them; `name` alone where it joins none."""
     parent, dot, last = name.rpartition(".")
     return next((tuple(parent + dot + part for part in parts) for parts in FUSED if last in parts), (name,))
+
+
+# The experts of one layer, of which there may be hundreds, are computed together.
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
+
+
+def check_experts(formats: Iterable[tuple[str, Format]]) -> None:
+    """Raises ValueError where experts of one layer differ in what gate, up or down is stored as. formats: (module name, format) pairs."""
+    found: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for name, fmt in formats:
+        if m := EXPERT.fullmatch(name):
+            found.setdefault((m[1], m[3]), {}).setdefault(fmt.name, []).append(int(m[2]))
+    for (experts, part), numbers in found.items():
+        if len(numbers) > 1:
+            told = " and ".join(f"{fmt} in {ranges(n)}" for fmt, n in numbers.items())
+            raise ValueError(
+                f"{experts}: {part} is {told}. The experts of a layer are computed together and share one format for {part}; other layers, "
+                "and the other matrices of these experts, may have another"
+            )
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """{0, 1, 2, 5} -> "0..2,5" """
+    parts: list[list[int]] = []
+    for i in sorted(set(numbers)):
+        if parts and i == parts[-1][1] + 1:
+            parts[-1][1] = i
+        else:
+            parts.append([i, i])
+    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in parts)
 
 
 def is_name(target: str) -> bool:
@@ -194,7 +228,8 @@ class LayerMap:
         """The map applied to all of a model's modules.
 
         tied  modules that are another one's matrix, as an lm_head may be the embedding's: they may be ignored, but have no format of their own
-        Raises ValueError for a target that matches no module, in a rule or under `ignore`: it is a misspelling more often than not.
+        Raises ValueError for a target that matches no module, in a rule or under `ignore`: it is a misspelling more often than not,
+        and for experts of one layer in different formats.
         """
         for rule in (None, *self.rules):
             where = "ignore" if rule is None else f"the rule for {rule.formats[0].name}"
@@ -210,7 +245,9 @@ class LayerMap:
                         )
                     names = ", ".join(m.name for m in modules[:3])
                     raise ValueError(f"target {target!r} in {where} matches no module of this model; its modules are named like {names}")
-        return Assignment(tuple(modules), tuple(self.format_for(m.name, m.kind, m.n, m.k) for m in modules))
+        formats = [self.format_for(m.name, m.kind, m.n, m.k) for m in modules]
+        check_experts((m.name, fmt) for m, fmt in zip(modules, formats, strict=True))
+        return Assignment(tuple(modules), tuple(formats))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "LayerMap":
@@ -226,17 +263,20 @@ class LayerMap:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "LayerMap":
-        """Of a compressed-tensors `quantization_config`.
+        """Of a `quantization_config`: compressed-tensors' or one of PRODUCERS.
 
-        Where several groups match a module, the more definite target wins, as in that library: a name before an expression before a class.
-        Raises ValueError for what cannot be served: unknown schemes, transforms, sparsity, an uncompressed status.
+        Where several of compressed-tensors' groups match a module, the more definite target wins, as in that library: a name before an
+        expression before a class. Raises ValueError for what cannot be served: unknown schemes, transforms, sparsity, an uncompressed status.
         """
+        if (name := producer(config)) in PRODUCERS:
+            rules, ignored = PRODUCERS[name](config)
+            return cls(tuple(Rule((target,), (fmt,)) for target, fmt in rules), tuple(ignored))
         for key in ("transform_config", "sparsity_config"):
             if (value := config.get(key)) and value.get("format") != "dense":
                 raise ValueError(f"quantization_config has a {key}, which is not supported: {value}")
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
-            raise ValueError("quantization_config has no config_groups; qplugins reads the compressed-tensors layout")
+            raise ValueError("quantization_config has no config_groups; the compressed-tensors layout has")
         by_rank: list[list[Rule]] = [[], [], []]
         for name, group in groups.items():
             try:
@@ -261,7 +301,7 @@ class LayerMap:
             rules.append(Rule((rf"re:.*\blayers\.({'|'.join(map(str, outer))})\.",), _formats("fp8")))
             if num_layers > len(outer):
                 # groups of 32: a down projection has outliers that matter, and they spoil the scale of a larger group
-                rules += [Rule(("re:.*down_proj$",), _formats("int4_g32_asym")), Rule(("Linear",), _formats("nvfp4"))]
+                rules += [Rule((r"re:.*(down_proj|\.experts\.\d+\.w2)$",), _formats("int4_g32_asym")), Rule(("Linear",), _formats("nvfp4"))]
         elif name in PRESETS:
             rules.append(Rule(("Linear",), _formats(name)))
         else:
@@ -272,7 +312,7 @@ class LayerMap:
 # the output head; the routers of mixtures of experts, small and decisive; encoders of images and sound, whose layers engines build otherwise
 PRESET_IGNORE = (
     "re:.*lm_head$",
-    r"re:.*\.(gate|router|shared_expert_gate)$",
+    r"re:.*\.(gate|router|shared_expert_gate)(\.\w+)?$",
     r"re:(.*\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\.",
 )
 PRESETS = ("balanced", "nvfp4", "mxfp4", "int4", "int8", "fp8")
@@ -285,7 +325,7 @@ def to_config(assignment: Assignment) -> dict[str, Any]:
     for module, fmt in assignment:
         names.setdefault(fmt.name, []).append(module.name)
     ignore = names.pop(BF16.name, [])
-    groups = {f"group_{i}": {"targets": targets, **get_format(fmt).scheme} for i, (fmt, targets) in enumerate(names.items())}
+    groups = {f"group_{i}": {"targets": targets, **any_format(fmt).scheme} for i, (fmt, targets) in enumerate(names.items())}
     formats = {g["format"] for g in groups.values()}
     return {
         "quant_method": "compressed-tensors",
@@ -295,3 +335,57 @@ def to_config(assignment: Assignment) -> dict[str, Any]:
         "ignore": ignore,
         "kv_cache_scheme": None,
     }
+
+
+def to_yaml(assignment: Assignment, comment: str = "") -> str:
+    """A map file with which `LayerMap.from_yaml` comes to this assignment.
+
+    The format that most Linear modules have is the last rule, for all of the class; the others' rules name their modules by expressions of
+    which each stands for one set of layers. What stays unquantized is named under `ignore`, where that last rule would match it.
+    comment  lines to begin the file with
+    """
+    modules = {m.name: fmt for m, fmt in assignment}
+    linear = {m.name for m, _ in assignment if m.kind == "Linear"}
+    (most, _), *_ = Counter(modules[name].name for name in linear).most_common(1) or [(BF16.name, 0)]
+    by_format: dict[str, list[str]] = {}
+    for name, fmt in modules.items():
+        if fmt.name != most or name not in linear:
+            by_format.setdefault(fmt.name, []).append(name)
+    plain = [name for name in by_format.pop(BF16.name, []) if name in linear]
+
+    def lines(names: Sequence[str], indent: str) -> list[str]:
+        return [f"{indent}- '{target}'" for target in _expressions(names, modules)]
+
+    rules = [line for name, members in by_format.items() for line in (f"  - format: {name}", "    targets:", *lines(members, "      "))]
+    if most != BF16.name:
+        rules += [f"  - format: {most}", "    targets: [Linear]"]
+    head = [f"# {line}".rstrip() for line in comment.splitlines()]
+    text = [*head, *(["rules:", *rules] if rules else ["rules: []"]), *(["ignore:", *lines(plain, "  ")] if plain else [])]
+    return "\n".join(text) + "\n"
+
+
+def _expressions(names: Sequence[str], all_names: Iterable[str]) -> list[str]:
+    """Targets that match these of all modules: one for those that have the same layers' numbers, and the name of what has no number."""
+
+    def layers(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+        found: dict[tuple[str, str], list[str]] = {}
+        for m in filter(None, (_NUMBERED.fullmatch(name) for name in names)):
+            found.setdefault((m["before"], m["after"]), []).append(m["number"])
+        return {key: sorted(numbers, key=int) for key, numbers in found.items()}
+
+    there_are = layers(all_names)
+    wanted = layers(names)
+    alike: dict[tuple[str, tuple[str, ...] | None], list[str]] = {}
+    for (before, after), every in there_are.items():
+        if numbers := wanted.get((before, after)):
+            alike.setdefault((before, None if numbers == every else tuple(numbers)), []).append(after)
+    targets = [name for name in names if not _NUMBERED.fullmatch(name)]
+    for (before, numbers), afters in alike.items():
+        layer = r"\d+" if numbers is None else one_of(numbers)
+        targets.append(f"re:{re.escape(before)}{layer}{one_of([re.escape(a) for a in afters])}$")
+    return targets
+
+
+def one_of(alternatives: Sequence[str]) -> str:
+    """An expression for any of these."""
+    return alternatives[0] if len(alternatives) == 1 else f"({'|'.join(alternatives)})"

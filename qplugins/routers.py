@@ -81,14 +81,3 @@ def add_routers(layer: nn.Module, mixed: MixedLinear) -> None:
 def remove_routers(layer: nn.Module, mixed: MixedLinear) -> None:
     for name in {p.name for shard in mixed.shards for p in shard.format.params}:
         delattr(layer, name)
-
-
-def load_random(mixed: MixedLinear) -> None:
-    """Random matrices in place of a checkpoint's, for an engine's `--load-format dummy`: speed can be measured without one."""
-    for shard in mixed.shards:
-        device = next(shard.parameters()).device
-        w = torch.randn(shard.span.shape, dtype=torch.float32, device=device).mul_(0.02).to(shard.dtype)
-        stored = shard.format.store(shard.format.quantize(w, None)) if shard.format.quantized else {"weight": w}
-        for name, tensor in stored.items():
-            getattr(shard, name).data.copy_(tensor)
-            shard.loaded.add(name)

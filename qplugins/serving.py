@@ -1,9 +1,17 @@
 """What the configs of both adapters do and say alike: the names that a map knows a layer's matrices by, and the refusals at start-up."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
+from qplugins.formats import PRODUCERS, modelopt, producer
 from qplugins.kv_map import KVMap
 from qplugins.layer_map import PRESETS, LayerMap
+
+# Models that fuse need not say so, or say it too late; one that does, as where a checkpoint's qkv is fused already, is believed.
+PACKED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
 
 
 def part_names(packed: Mapping[str, Sequence[str]], prefix: str) -> list[str]:
@@ -12,7 +20,7 @@ def part_names(packed: Mapping[str, Sequence[str]], prefix: str) -> list[str]:
     packed: the engine's table of fused layers
     """
     parent, _, leaf = prefix.rpartition(".")
-    return [f"{parent}.{part}" if parent else part for part in packed.get(leaf) or [leaf]]
+    return [f"{parent}.{part}" if parent else part for part in (PACKED | dict(packed)).get(leaf) or [leaf]]
 
 
 def rename(layer_map: LayerMap, renamed: Callable[[str], str | None]) -> LayerMap:
@@ -37,16 +45,21 @@ def plain_checkpoint() -> ValueError:
 
 def check_producer(quantization_config: Mapping, engine: str) -> None:
     """Raises ValueError for a quantized checkpoint in a layout that is not read here."""
-    producer = quantization_config.get("quant_method", "")
-    if producer not in ("compressed-tensors", "qplugins"):
+    name = producer(quantization_config)
+    if name not in ("compressed-tensors", "qplugins", *PRODUCERS):
         raise ValueError(
-            f"--quantization qplugins reads checkpoints in the compressed-tensors layout; this one says quant_method {producer!r}. "
-            f"Leave --quantization out to serve it by {engine}'s own methods."
+            f"--quantization qplugins reads checkpoints in the layouts of compressed-tensors, {', '.join(PRODUCERS)}; this one says quant_method "
+            f"{name!r}. Leave --quantization out to serve it by {engine}'s own methods."
         )
 
 
 def unused_kv_scheme(quantization_config: Mapping) -> str | None:
-    """A sentence, for a checkpoint whose kv_cache_scheme is none that is served here (FP8 with stored scales); None where there is none."""
+    """A sentence, for a checkpoint whose KV scheme is none that is served here (FP8 with stored scales); None where there is none."""
+    if algorithm := modelopt.settings(quantization_config).get("kv_cache_quant_algo"):
+        return (
+            f"the checkpoint's kv_cache_quant_algo ({algorithm}) and its scales are not used: the KV cache has the dtype that "
+            "--kv-cache-dtype names"
+        )
     scheme = quantization_config.get("kv_cache_scheme")
     if not scheme or KVMap.from_config(quantization_config).default is not None:
         return None
@@ -56,6 +69,13 @@ def unused_kv_scheme(quantization_config: Mapping) -> str | None:
     )
 
 
+def forget_kv_scheme(quantization_config: MutableMapping) -> None:
+    """Takes an unused KV scheme out of a config: vLLM's `auto` would take its dtype, of ModelOpt's checkpoints, and know none of its scales."""
+    for of in (quantization_config, modelopt.settings(quantization_config)):
+        of.pop("kv_cache_quant_algo", None)
+        of.pop("kv_cache_scheme", None)
+
+
 def quantized_already(preset: str) -> ValueError:
     """For --quantization qplugins-<preset> on a checkpoint that is quantized."""
     return ValueError(
@@ -63,11 +83,9 @@ def quantized_already(preset: str) -> ValueError:
     )
 
 
-def check_experts(layer_map: LayerMap, prefix: str, engine: str) -> None:
-    """Raises ValueError where a map quantizes the experts called `prefix`; those that it leaves alone are the engine's own."""
-    rule = next((r for part in ("gate_proj", "w1", "down_proj") if (r := layer_map.rule_for(f"{prefix}.0.{part}"))), None)
-    if rule is not None:
-        raise ValueError(
-            f"{prefix}: the checkpoint's experts are quantized ({rule.formats[0].name}), and this version serves dense layers only. "
-            f"Leave --quantization out to serve it by {engine}'s own methods, or name the experts under ignore when quantizing."
-        )
+def refused_experts(prefix: str, reason: str) -> ValueError:
+    """For experts that a map quantizes and nothing here computes. reason: what they are or do."""
+    return ValueError(
+        f"{prefix}: these experts {reason}, and such are not served quantized here. Leave them in 16 bits: name them under ignore in a map "
+        "for `qplugins quantize`."
+    )

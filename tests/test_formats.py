@@ -337,11 +337,13 @@ def test_unknown_scheme_says_what_it_is_and_what_there_is(preset):
         format_of_scheme(scheme)
 
 
-def test_activation_order_is_refused():
-    scheme = {"weights": {**FORMATS["int4_g128"].scheme["weights"], "actorder": "group"}}
-    with pytest.raises(ValueError, match="actorder 'group' keep a weight_g_idx, which is not supported"):
-        format_of_scheme(scheme)
-    assert format_of_scheme({"weights": {**scheme["weights"], "actorder": "static"}}).name == "int4_g128"
+def test_activation_order():
+    weights = FORMATS["int4_g128"].scheme["weights"]
+    for order, name in {"group": "int4_g128_act", "dynamic": "int4_g128_act", "static": "int4_g128", "weight": "int4_g128"}.items():
+        args = QuantizationArgs(**{**weights, "actorder": order}).model_dump(mode="json")
+        assert format_of_scheme({"weights": args}).name == format_of_scheme({"weights": {**weights, "actorder": order}}).name == name
+    with pytest.raises(ValueError, match="no format stores pack-quantized weights with .*'actorder': 'group'"):
+        format_of_scheme({"weights": {**FORMATS["int4_channel"].scheme["weights"], "actorder": "group"}})
 
 
 def test_unknown_format_name():

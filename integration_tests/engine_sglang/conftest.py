@@ -63,3 +63,18 @@ def fp8_and_plain(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
     config["quantization_config"]["ignore"] = ["lm_head", "re:.*k_proj$"]
     (out / "config.json").write_text(json.dumps(config))
     return out
+
+
+@pytest.fixture(scope="session")
+def mixed_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral whose experts differ in format between gate, up and down, and between its layers."""
+    from integration_tests.models import tiny_moe
+    from qplugins.checkpoints.quantize import quantize
+
+    folder = tmp_path_factory.mktemp("experts")
+    wanted = [("w1", "nvfp4"), ("w3", "int8"), ("w2", "int4_g128_asym")]
+    of_experts = [(rf"re:.*layers\.0\..*experts.*{leaf}$", fmt) for leaf, fmt in wanted]
+    of_experts += [(r"re:.*experts.*(w1|w3)$", "mxfp4"), (r"re:.*experts.*w2$", "fp8")]
+    plain = tiny_moe(folder / "plain", family="mixtral")
+    quantize(plain, folder / "model", rules(*of_experts, ("re:.*k_proj$", "fp8"), ("re:.*(q|v|o)_proj$", "int4_g128")))
+    return folder / "model"

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from integration_tests.compare import TOP, compare, dequantized_model, next_token_logprobs, quantized_model, text_tokens
+from integration_tests import foreign
+from integration_tests.compare import TOP, compare, dequantized_model, laid_out_model, next_token_logprobs, quantized_model, text_tokens
 from integration_tests.engine_sglang.server import SglangServer
 from integration_tests.server import ServerFailed, VllmServer
 from qplugins.layer_map import LayerMap
@@ -78,6 +80,18 @@ def test_two_ranks_and_a_tied_vocabulary(tied):
         check(server, tied, dequantized_model(tied))
 
 
+def test_modelopts_layout_and_its_own_file(tiny_llama, tmp_path):
+    """Which SGLang reads for its own methods only, and takes for itself wherever it is asked first."""
+    meant = foreign.write(tiny_llama, tmp_path / "model", "modelopt_nvfp4")
+    with SglangServer(tmp_path / "model", quantization="qplugins") as server:
+        check(server, tmp_path / "model", laid_out_model(tiny_llama, meant))
+
+
+def test_experts_of_different_formats_on_two_ranks(mixed_experts):
+    with SglangServer(mixed_experts, quantization="qplugins", tensor_parallel_size=2) as server:
+        check(server, mixed_experts, dequantized_model(mixed_experts))
+
+
 @pytest.mark.parametrize("preset", ["nvfp4", "balanced"])
 def test_quantized_while_loading(tiny_llama, preset):
     with SglangServer(tiny_llama, quantization=f"qplugins-{preset}") as server:
@@ -96,6 +110,33 @@ def test_sglang_alone_loads_differing_shards_wrong(fp8_and_plain):
         stock = compare(server.prompt_logprobs(tokens, TOP), reference, tokens)
     print(f"mean KL: stock SGLang {stock.mean_kl:.2e}, qplugins {ours.mean_kl:.2e}")
     assert not stock.mean_kl <= 100 * ours.mean_kl  # NaN here: k has no scale to load, and its place keeps what it was filled with
+
+
+@pytest.mark.parametrize(
+    ("of_layer", "of_runner", "of_server", "said"),
+    [
+        ({}, {}, {}, None),
+        ({}, {"is_gated": False}, {}, "have no gate"),
+        ({}, {"activation": "situ"}, {}, "have the activation situ"),
+        ({"with_bias": True}, {}, {}, "have biases"),
+        ({}, {"gemm1_alpha": 1.7}, {}, "bound their activation"),
+        ({}, {"apply_router_weight_on_input": True}, {}, "on their input"),
+        ({}, {"no_combine": True}, {}, "are not added up"),
+        ({}, {}, {"enable_eplb": True}, "--enable-eplb"),
+        ({"num_fused_shared_experts": 1}, {}, {}, "--disable-shared-experts-fusion"),
+    ],
+)
+def test_experts_that_are_not_computed_here_are_refused(monkeypatch, of_layer, of_runner, of_server, said):
+    from sglang.srt.layers.moe import MoeRunnerConfig
+
+    from qplugins.sglang import moe
+
+    args = {"enable_eplb": False, "ep_num_redundant_experts": 0, "init_expert_location": "trivial"}
+    monkeypatch.setattr(moe, "get_server_args", lambda: SimpleNamespace(**args | of_server))
+    config = MoeRunnerConfig(**of_runner)
+    layer = SimpleNamespace(**{"moe_runner_config": config, "with_bias": False, "num_fused_shared_experts": 0} | of_layer)
+    reason = moe.refuses(layer)
+    assert reason is None if said is None else said in reason
 
 
 # what is wrong with a checkpoint, and the words with which the server refuses it
@@ -140,6 +181,6 @@ def test_refuses_scales_that_are_not_finite(fp8_and_plain, tmp_path):
 def test_refuses_another_producers_layout(fp8_and_plain, tmp_path):
     folder = _copy(fp8_and_plain, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["quant_method"] = "awq"
+    config["quantization_config"]["quant_method"] = "hqq"
     (folder / "config.json").write_text(json.dumps(config))
-    refused(folder, "qplugins", "compressed-tensors layout", "awq")
+    refused(folder, "qplugins", "in the layouts of compressed-tensors", "hqq")

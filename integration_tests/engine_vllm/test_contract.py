@@ -4,40 +4,25 @@ built and filled, held against the dequantized matrix.
 Needs none of vLLM's compiled parts. `test_gpu_version.py` runs this file a second time, under the vLLM for GPUs on a machine without one.
 """
 
-import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from integration_tests import foreign
-from integration_tests.compare import dequantized_model, quantized_model
+from integration_tests.compare import dequantized_model, laid_out_model, quantized_model
+from integration_tests.engine_vllm.in_process import edited, load
 from qplugins.checkpoints.quantize import quantize
 from qplugins.layer_map import PRESETS, LayerMap
 
-vllm = pytest.importorskip("vllm")
-
-if "cpu" not in vllm.__version__ and not torch.cuda.is_available():
-    # vLLM for GPUs finds no platform here. The CPU's serves for all that is not compiled; it has to be there before anything asks.
-    import vllm.platforms
-    from vllm.platforms.cpu import CpuPlatform
-
-    vllm.platforms._current_platform = CpuPlatform()
-    torch.accelerator.empty_cache = lambda: None  # raises where there is no accelerator
-
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory, ensure_model_parallel_initialized, init_distributed_environment  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear  # noqa: E402
-from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config  # noqa: E402
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding  # noqa: E402
-from vllm.model_executor.model_loader import get_model  # noqa: E402
-from vllm.plugins import load_general_plugins  # noqa: E402
-
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("plugins")]
 
 EVERY_SHARD = r"""
 rules:
@@ -60,11 +45,6 @@ def config(folder: Path, quantization: str | None) -> VllmConfig:
     ).create_engine_config()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plugins() -> None:
-    load_general_plugins()
-
-
 @pytest.fixture(scope="module")
 def mixed(tiny_llama, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
@@ -78,21 +58,6 @@ def taken_over(tiny_llama, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("theirs") / "ckpt"
     foreign.compress(tiny_llama, folder, "W4A16_ASYM")
     return folder
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[None]:
-    """A world of one rank."""
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('world')}/rendezvous", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-    yield
-    cleanup_dist_env_and_memory()
-
-
-def load(vllm_config: VllmConfig) -> torch.nn.Module:
-    with set_current_vllm_config(vllm_config):
-        return get_model(vllm_config=vllm_config)
 
 
 def test_the_version_is_the_one_that_is_meant():
@@ -127,11 +92,15 @@ def test_plain_checkpoint_is_quantized_while_loading_when_asked(tiny_llama):
     assert config(tiny_llama, None).quant_config is None
 
 
-@pytest.fixture(scope="module", params=["mixed", "taken_over", "while_loading"])
-def loaded(request, world, tiny_llama) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+@pytest.fixture(scope="module", params=["mixed", "taken_over", "while_loading", "awq", "gptq_act", "modelopt_nvfp4"])
+def loaded(request, world, tiny_llama, tmp_path_factory) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """A model as vLLM's loader leaves it, and the matrices that it should compute with."""
     if request.param == "while_loading":
         model, reference = load(config(tiny_llama, "qplugins-nvfp4")), quantized_model(tiny_llama, LayerMap.preset("nvfp4", 4))
+    elif request.param in foreign.LAYOUTS:
+        folder = tmp_path_factory.mktemp("theirs") / request.param
+        reference = laid_out_model(tiny_llama, foreign.write(tiny_llama, folder, request.param))
+        model = load(config(folder, "qplugins"))
     else:
         folder = request.getfixturevalue(request.param)
         model, reference = load(config(folder, "qplugins")), dequantized_model(folder)
@@ -177,15 +146,6 @@ def test_nothing_of_the_checkpoint_is_left_over(loaded):
             assert not left, f"{name} keeps {left}"
 
 
-def edited(source: Path, target: Path, **quantization_config) -> Path:
-    """A copy of a checkpoint whose quantization_config has other entries; None takes the whole of it out."""
-    shutil.copytree(source, target)
-    described = json.loads((target / "config.json").read_text())
-    described["quantization_config"] |= quantization_config
-    (target / "config.json").write_text(json.dumps(described))
-    return target
-
-
 def test_plain_checkpoint_under_qplugins_is_refused(tiny_llama):
     with pytest.raises(Exception, match="serves quantized checkpoints, and this one has no quantization_config"):
         config(tiny_llama, "qplugins")
@@ -197,8 +157,24 @@ def test_quantized_checkpoint_under_a_preset_is_refused(mixed):
 
 
 def test_checkpoint_of_another_method_is_refused(mixed, tmp_path):
-    with pytest.raises(Exception, match="reads checkpoints in the compressed-tensors layout; this one says quant_method 'gptq'"):
-        config(edited(mixed, tmp_path / "ckpt", quant_method="gptq"), "qplugins")
+    with pytest.raises(Exception, match="in the layouts of compressed-tensors, awq, gptq, modelopt; this one says quant_method 'hqq'"):
+        config(edited(mixed, tmp_path / "ckpt", quantization_config={"quant_method": "hqq"}), "qplugins")
+
+
+@pytest.mark.parametrize(("layout", "theirs"), [("awq", "awq"), ("gptq", "auto_gptq"), ("modelopt_nvfp4", "modelopt_fp4")])
+def test_other_producers_are_taken_over_when_asked_and_only_then(tiny_llama, tmp_path, layout, theirs):
+    foreign.write(tiny_llama, tmp_path / layout, layout)
+    found = config(tmp_path / layout, "qplugins")
+    assert found.model_config.quantization == "qplugins" and type(found.quant_config).__module__ == "qplugins.vllm.config"
+    assert found.cache_config.cache_dtype == "auto"  # and not FP8, which ModelOpt's config asks for
+    # the rest of vLLM's configuration may refuse its own method here
+    assert EngineArgs(model=str(tmp_path / layout), dtype="float32").create_model_config().quantization == theirs
+
+
+def test_layout_that_is_not_read_is_refused_before_the_model_is_built(tiny_llama, tmp_path):
+    foreign.write(tiny_llama, tmp_path / "awq", "awq")
+    with pytest.raises(Exception, match="AWQ's layout 'gemv' of autoawq is not read, only 'gemm' of autoawq"):
+        config(edited(tmp_path / "awq", tmp_path / "gemv", quantization_config={"version": "gemv"}), "qplugins")
 
 
 def test_checkpoint_without_its_file_is_refused(mixed, tmp_path):

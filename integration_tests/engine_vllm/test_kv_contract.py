@@ -1,76 +1,40 @@
 """What the KV side asks of vLLM and promises it, without a server: names, choice of the backend, refusals, the layouts of a model's layers, and
 attention as the engine drives it, batch by batch, held against attention over the same keys and values unquantized.
 
-Needs none of vLLM's compiled parts. `test_kv_gpu_version.py` runs this file a second time, under the vLLM for GPUs on a machine without one.
+Needs none of vLLM's compiled parts. `test_gpu_version.py` runs this file a second time, under the vLLM for GPUs on a machine without one.
 """
 
 import json
 import os
-import shutil
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import vllm
 from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.worker.utils import customize_attention_spec
 
-vllm = pytest.importorskip("vllm")
+from integration_tests.engine_vllm.in_process import edited, load
+from qplugins.kernels.attention.ref import attend
+from qplugins.kv import KV_LAYOUTS
 
-if "cpu" not in vllm.__version__ and not torch.cuda.is_available():
-    # vLLM for GPUs finds no platform here. The CPU's serves for all that is not compiled; it has to be there before anything asks.
-    import vllm.platforms
-    from vllm.platforms.cpu import CpuPlatform
-
-    vllm.platforms._current_platform = CpuPlatform()
-    torch.accelerator.empty_cache = lambda: None  # raises where there is no accelerator
-
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory, ensure_model_parallel_initialized, init_distributed_environment  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.forward_context import set_forward_context  # noqa: E402
-from vllm.model_executor.layers.attention import Attention  # noqa: E402
-from vllm.plugins import load_general_plugins  # noqa: E402
-from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata  # noqa: E402
-from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
-from vllm.v1.worker.utils import customize_attention_spec  # noqa: E402
-
-from qplugins.kernels.attention.ref import attend  # noqa: E402
-from qplugins.kv import KV_LAYOUTS  # noqa: E402
-
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("plugins")]
 
 MAPPED = {"qplugins": {"kv_layers": {"int8_sink": [0, -1], "k5v4_sink": [1]}}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugins() -> None:
-    load_general_plugins()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[None]:
-    """A world of one rank."""
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('world')}/rendezvous", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-    yield
-    cleanup_dist_env_and_memory()
 
 
 def config(folder: Path, kv_cache_dtype: str = "int4_sink", **options) -> VllmConfig:
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, **options}
     return EngineArgs(model=str(folder), kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True, **options).create_engine_config()
-
-
-def edited(source: Path, target: Path, **changes) -> Path:
-    """A copy of a checkpoint whose config.json has other entries."""
-    shutil.copytree(source, target)
-    described = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(described | changes))
-    return target
 
 
 def test_the_version_is_the_one_that_is_meant():
@@ -214,10 +178,7 @@ def test_encoder_attention_is_refused(tmp_path):
 
 
 def loaded(vllm_config: VllmConfig) -> tuple[torch.nn.Module, dict[str, Attention]]:
-    from vllm.model_executor.model_loader import get_model
-
-    with set_current_vllm_config(vllm_config):
-        model = get_model(vllm_config=vllm_config)
+    model = load(vllm_config)
     return model, {name: m for name, m in vllm_config.compilation_config.static_forward_context.items() if isinstance(m, Attention)}
 
 

@@ -12,7 +12,18 @@ import torch
 from transformers import PreTrainedModel
 
 from integration_tests import foreign
-from integration_tests.compare import TOP, Comparison, compare, dequantized_model, greedy, next_token_logprobs, quantized_model, text_tokens
+from integration_tests.compare import (
+    TOP,
+    Comparison,
+    compare,
+    dequantized_model,
+    greedy,
+    laid_out_model,
+    next_token_logprobs,
+    quantized_model,
+    text_tokens,
+)
+from integration_tests.models import tiny_moe
 from integration_tests.server import VllmServer
 from qplugins.checkpoints.quantize import quantize
 from qplugins.checkpoints.reader import Checkpoint
@@ -46,6 +57,18 @@ rules:
   - {targets: ["re:.*down_proj$"], format: int8_g128}
   - {targets: [Embedding], format: fp8}
   - {targets: [lm_head], format: nvfp4}
+"""
+
+# experts whose gate, up and down differ, a layer of unquantized ones, and one of none
+EXPERTS = r"""
+rules:
+  - {targets: ["re:.*layers\\.1\\..*experts.*gate_proj$"], format: nvfp4}
+  - {targets: ["re:.*layers\\.1\\..*experts.*up_proj$"], format: int8}
+  - {targets: ["re:.*layers\\.1\\..*experts.*down_proj$"], format: int4_g128_asym}
+  - {targets: ["re:.*layers\\.2\\..*experts"], format: bf16}
+  - {targets: ["re:.*k_proj$"], format: fp8}
+  - {targets: [Linear], format: int4_g128}
+ignore: [lm_head, "re:.*mlp.gate$"]
 """
 
 
@@ -83,6 +106,16 @@ def compressed(name: str, source: str, preset: str) -> Callable:
     return make
 
 
+def laid_out(source: str, layout: str) -> Callable:
+    """A checkpoint in another producer's layout, whose meaning is known without reading it."""
+
+    def make(models: Callable[[str], Path], folder: Path) -> tuple[Path, PreTrainedModel]:
+        meant = foreign.write(models(source), folder / layout, layout)
+        return folder / layout, laid_out_model(models(source), meant)
+
+    return make
+
+
 def while_loading(source: str, preset: str) -> Callable:
     """A plain checkpoint that the engine quantizes."""
 
@@ -98,6 +131,7 @@ class Case:
     make: Callable
     quantization: str = "qplugins"
     ranks: int = 1
+    args: tuple[str, ...] = ()
     knows_paris: bool = True  # the random model knows nothing
 
 
@@ -106,8 +140,14 @@ CASES = {
     "mixed-shards": Case(written("mixed-shards", "smollm2", MIXED_SHARDS)),
     "compressed-tensors-nvfp4": Case(compressed("ct-nvfp4", "smollm2", "NVFP4")),
     "compressed-tensors-int4-asym": Case(compressed("ct-int4", "tiny_llama", "W4A16_ASYM"), knows_paris=False),
+    "gptq-act-order": Case(laid_out("smollm2", "gptq_act")),
+    "modelopt-nvfp4": Case(laid_out("smollm2", "modelopt_nvfp4")),
     "quantized-while-loading": Case(while_loading("smollm2", "nvfp4"), quantization="qplugins-nvfp4"),
     "two-ranks": Case(written("two-ranks", "tiny_llama", TWO_RANKS), ranks=2, knows_paris=False),
+    "experts": Case(written("experts", "qwen3_moe", EXPERTS), ranks=2, knows_paris=False),
+    "experts-quantized-while-loading": Case(
+        while_loading("mixtral", "int4"), "qplugins-int4", ranks=2, args=("--enable-expert-parallel",), knows_paris=False
+    ),
 }
 
 
@@ -120,18 +160,26 @@ class Served:
     continuation: str  # of the text's beginning, by the reference model
 
 
+@pytest.fixture(scope="module")
+def moes(smollm2, tmp_path_factory) -> dict[str, Path]:
+    """Mixtures of experts."""
+    folder = tmp_path_factory.mktemp("moes")
+    return {"qwen3_moe": tiny_moe(folder / "qwen3", dense=[0]), "mixtral": tiny_moe(folder / "mixtral", family="mixtral")}
+
+
 @pytest.fixture(scope="module", params=CASES)
-def served(request, smollm2, tiny_llama, tmp_path_factory) -> Iterator[Served]:
+def served(request, smollm2, tiny_llama, moes, tmp_path_factory) -> Iterator[Served]:
     case = CASES[request.param]
     if case.ranks > (os.cpu_count() or 1):
         pytest.skip(f"{case.ranks} ranks need as many cores")
     folder = tmp_path_factory.mktemp(request.param)
-    models = {"smollm2": smollm2, "tiny_llama": tiny_llama}
+    models = {"smollm2": smollm2, "tiny_llama": tiny_llama, **moes}
     checkpoint, model = case.make(models.__getitem__, folder)
     tokens = text_tokens(checkpoint)
     logprobs, continuation = next_token_logprobs(model, tokens), greedy(model, checkpoint, tokens[:BEGINNING], CONTINUED)
     del model
-    with VllmServer(checkpoint, quantization=case.quantization, tensor_parallel_size=case.ranks, log=folder / "server.log") as server:
+    options = {"quantization": case.quantization, "tensor_parallel_size": case.ranks, "args": case.args}
+    with VllmServer(checkpoint, log=folder / "server.log", **options) as server:
         yield Served(case, server, tokens, logprobs, continuation)
 
 

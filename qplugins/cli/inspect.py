@@ -1,7 +1,7 @@
 """qplugins inspect CKPT"""
 
 import re
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,14 +72,18 @@ def describe(module: "StoredModule", machine) -> dict:
     import torch
 
     from qplugins.dispatch import explain
+    from qplugins.layer_map import EXPERT
 
     kernel, refusals = ENGINE, {}
     if module.format.quantized:
         kernel = None
-        scale = module.tensors.get("weight_scale")
+        scale = module.tensors.get("weight_scale") or module.tensors.get("scales")
         dtype = scale.dtype if scale else torch.bfloat16
         activations = torch.float16 if dtype == torch.float16 else torch.bfloat16
-        for name, why in explain(spec(module.format, module.n, module.k, dtype), machine, activations):
+        form, operation = spec(module.format, module.n, module.k, dtype), "linear"
+        if EXPERT.fullmatch(module.name):  # what multiplies an expert stays in 16 bits
+            form, operation = replace(form, activation=None), "experts"
+        for name, why in explain(form, machine, activations, operation):
             if why is None:
                 kernel = name
                 break
@@ -100,6 +104,8 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 def collapse(rows: list[dict]) -> list[dict]:
     """Rows that differ in numbers within the name only become one, with a count, bytes of all, and ranges in the name."""
+    from qplugins.layer_map import ranges
+
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", r["name"])
@@ -112,14 +118,3 @@ def collapse(rows: list[dict]) -> list[dict]:
             name = name.replace("*", ranges(map(int, of_one_place)), 1)
         collapsed.append({**members[0], "name": name, "count": len(members), "bytes": sum(r["bytes"] for r in members)})
     return collapsed
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """{0, 1, 2, 5} -> "0..2,5" """
-    parts: list[list[int]] = []
-    for i in sorted(set(numbers)):
-        if parts and i == parts[-1][1] + 1:
-            parts[-1][1] = i
-        else:
-            parts.append([i, i])
-    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in parts)

@@ -48,12 +48,12 @@ def quantize(
         print_result(report, out)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "1GiB", "500 MB", "4096". Raises ValueError."""
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
+    """Bytes of "1GiB", "500 MB", "4096". Raises ValueError, naming the option."""
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     size = int(float(m[1]) * UNITS[m[2].upper()]) if m and m[2].upper() in UNITS else 0
     if size <= 0:
-        raise ValueError(f"--max-shard-size {text!r} is not a size; write it as 1GiB or 500MB")
+        raise ValueError(f"{option} {text!r} is not a size; write it as 1GiB or 500MB")
     return size
 
 

@@ -1,13 +1,14 @@
-"""The weight formats. `FORMATS[name]` is all that there is to know of one; `format_of_scheme` finds one in a compressed-tensors config."""
+"""The weight formats. `FORMATS[name]` is all that there is to know of one; `format_of_scheme` finds one in a compressed-tensors config, and
+`PRODUCERS` those of other tools' configs, whose layouts are formats that are only read (`FOREIGN`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from qplugins.formats import fp8
+from qplugins.formats import awq, fp8, gptq, modelopt
 from qplugins.formats.base import CheckpointError, Format, Param
 from qplugins.formats.bf16 import BF16
 from qplugins.formats.float4 import MXFP4, NVFP4
-from qplugins.formats.integer import INT4, INT8, INT8_PLAIN
+from qplugins.formats.integer import ACT_ORDER, INT4, INT8, INT8_PLAIN
 
 FORMATS: dict[str, Format] = {
     f.name: f
@@ -26,10 +27,22 @@ FORMATS: dict[str, Format] = {
         MXFP4,
     )
 }
+FOREIGN: dict[str, Format] = {f.name: f for f in (*ACT_ORDER, *awq.AWQ, *gptq.GPTQ, *modelopt.MODELOPT)}
+"""Found in checkpoints, and in no layer map: this project does not make them."""
+
+PRODUCERS: dict[str, Callable[[Mapping[str, Any]], tuple[list[tuple[str, Format]], list[str]]]] = {
+    "awq": awq.rules,
+    "gptq": gptq.rules,
+    "modelopt": modelopt.rules,
+}
+"""quant_method -> (target, format) pairs, the first that matches deciding, and ignored targets, of a config with that quant_method."""
+
 # a family's name stands for its members, of which a layer takes the first that fits its shape
 ALIASES: dict[str, tuple[str, ...]] = {"int4": ("int4_g128", "int4_g64", "int4_g32", "int4_channel")}
 
-_WEIGHT_KEYS = ("num_bits", "type", "strategy", "group_size", "symmetric")
+_WEIGHT_KEYS = ("num_bits", "type", "strategy", "group_size", "symmetric", "actorder")
+# "static" and "weight" say how scales were found, and leave groups as they are
+_ACTORDER = {None: None, False: None, "static": None, "weight": None, "group": "group", "dynamic": "group", True: "group"}
 
 
 def get_format(name: str) -> Format:
@@ -37,6 +50,21 @@ def get_format(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; there are {', '.join([*ALIASES, *FORMATS])}")
     return FORMATS[name]
+
+
+def any_format(name: str) -> Format:
+    """The format of that name, also one that is only found in other tools' checkpoints."""
+    return FORMATS.get(name) or FOREIGN[name]
+
+
+def producer(config: Mapping[str, Any]) -> str:
+    """Whose config it is, by its quant_method: a key of PRODUCERS, "compressed-tensors", or whatever else it says.
+
+    Both engines tell ModelOpt's algorithms apart by names of their own (modelopt_fp4, modelopt_mixed), which they write into the config.
+    """
+    name = str(config.get("quant_method") or "")
+    by_modelopt = (config.get("producer") or {}).get("name") == "modelopt" or "quant_algo" in modelopt.settings(config)
+    return "modelopt" if by_modelopt or name.startswith("modelopt") else name
 
 
 def _storage(scheme: Mapping[str, Any]) -> str:
@@ -55,13 +83,14 @@ def _key(scheme: Mapping[str, Any], storage: str) -> tuple:
     group = weights.get("group_size")
     weights["strategy"] = weights.get("strategy") or ("channel" if group == -1 else "group" if group else "tensor")
     weights["group_size"] = None if group == -1 else group
+    weights["actorder"] = _ACTORDER.get(weights.get("actorder"), weights.get("actorder"))
     activation = None
     if storage == "float-quantized" and (inputs := scheme.get("input_activations")):
         activation = (inputs.get("num_bits", 8), "token" if inputs.get("dynamic") else inputs.get("strategy", "tensor"))
     return storage, activation, *(weights[key] for key in _WEIGHT_KEYS)
 
 
-_BY_SCHEME = {_key(f.scheme, f.scheme["format"]): f for f in FORMATS.values() if f.scheme}
+_BY_SCHEME = {_key(f.scheme, f.scheme["format"]): f for f in (*FORMATS.values(), *FOREIGN.values()) if f.scheme}
 
 
 def format_of_scheme(scheme: Mapping[str, Any], default_format: str | None = None) -> Format:
@@ -77,10 +106,6 @@ def format_of_scheme(scheme: Mapping[str, Any], default_format: str | None = Non
     storage = scheme.get("format") or (default_format if default_format not in (None, "mixed-precision") else None) or _storage(scheme)
     if storage == "naive-quantized":
         storage = "float-quantized" if weights.get("type") == "float" else "int-quantized"
-    if weights.get("actorder") not in (None, "static", "weight"):
-        raise ValueError(
-            f"weights with actorder {weights['actorder']!r} keep a weight_g_idx, which is not supported; quantize with actorder 'static'"
-        )
     fmt = _BY_SCHEME.get(_key(scheme, storage))
     if fmt is None:
         shown = {k: weights.get(k) for k in _WEIGHT_KEYS}
@@ -90,4 +115,17 @@ def format_of_scheme(scheme: Mapping[str, Any], default_format: str | None = Non
     return fmt
 
 
-__all__ = ["ALIASES", "BF16", "FORMATS", "CheckpointError", "Format", "Param", "format_of_scheme", "get_format"]
+__all__ = [
+    "ALIASES",
+    "BF16",
+    "FOREIGN",
+    "FORMATS",
+    "PRODUCERS",
+    "CheckpointError",
+    "Format",
+    "Param",
+    "any_format",
+    "format_of_scheme",
+    "get_format",
+    "producer",
+]

@@ -3,7 +3,8 @@
     matrix --quantize--> QuantizedTensor --store--> {"weight_packed": ..., "weight_scale": ...}      what a checkpoint holds
                          QuantizedTensor <--read---                                                  what a kernel starts from
 
-Names, dtypes and shapes are those of the compressed-tensors library, so that each side reads what the other wrote.
+Names, dtypes and shapes are those of the compressed-tensors library, so that each side reads what the other wrote. How other producers lay out
+the same values is a `Format` too, one that is only read: its `twin` is the format that stores those values here.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,6 +42,7 @@ class Param:
     dtype  what it must be; None for any 16- or 32-bit float
     per    rows and columns of W that one element stands for, None for all of them: (1, 8) is eight columns an int32, (1, None) one
            scale a row, (8, 128) eight rows' zero points in an int32, a column a group. None: the tensor does not follow W, see `size`.
+    axes   the axis of W that each dimension follows: (0, 1) for [N, K], (1, 0) for a transposed tensor, (1,) for one number a column
     size   its shape, where it does not follow W
     optional  a layer may lack it, and nothing that runs here reads it
     writes    the dtype that is written where `dtype` leaves a choice; None for the model's own
@@ -49,13 +51,14 @@ class Param:
     name: str
     dtype: torch.dtype | None
     per: tuple[int | None, int | None] | None
+    axes: tuple[int, ...] = (0, 1)
     size: tuple[int, ...] = (1,)
     optional: bool = False
     writes: torch.dtype | None = None
 
     def shape(self, n: int, k: int) -> tuple[int, ...]:
         """The tensor's shape for a W of n rows and k columns."""
-        return self.size if self.per is None else (_cells(n, self.per[0]), _cells(k, self.per[1]))
+        return self.size if self.per is None else tuple(_cells((n, k)[axis], self.per[axis]) for axis in self.axes)
 
     def check(self, where: str, found_dtype: torch.dtype, found_shape: tuple[int, ...], n: int, k: int) -> None:
         """Raises CheckpointError unless dtype and shape are right. `where` is the tensor's full name."""
@@ -74,7 +77,8 @@ class Param:
         """
         if self.per is None:
             return tensor
-        for dim, ((start, stop), per, what) in enumerate(zip((rows, columns), self.per, ("rows", "columns"), strict=True)):
+        for dim, axis in enumerate(self.axes):
+            (start, stop), per, what = (rows, columns)[axis], self.per[axis], ("rows", "columns")[axis]
             if per is None:
                 continue
             whole = stop == start + tensor.shape[dim] * per or (start == 0 and -(-stop // per) == tensor.shape[dim])
@@ -98,6 +102,10 @@ class Format:
     quantize    (W float [N, K], amax) -> QuantizedTensor. `amax` is the largest magnitude that a scale of the whole matrix must cover,
                 None for W's own; siblings of a fused layer share it. None for a format that is only read.
     store, read  between a QuantizedTensor and the stored tensors; `read` takes them and (N, K)
+    problem     what is wrong with stored values that no shape shows, as a sentence that starts with the tensor's name, or None; takes what
+                `read` takes
+    twin        of a layout that is only read: the format that stores the same values as this project writes them
+    permuted    whether the columns of a group lie anywhere in W, as a stored index says, rather than side by side
     """
 
     name: str
@@ -109,12 +117,15 @@ class Format:
     quantize: Callable[[Tensor, Tensor | None], QuantizedTensor] | None = field(repr=False, default=None)
     store: Callable[[QuantizedTensor], dict[str, Tensor]] | None = field(repr=False, default=None)
     read: Callable[[Mapping[str, Tensor], int, int], QuantizedTensor] | None = field(repr=False, default=None)
+    problem: Callable[[Mapping[str, Tensor], int, int], str | None] = field(repr=False, default=lambda tensors, n, k: None)
+    twin: "Format | None" = field(repr=False, default=None)
+    permuted: bool = False
 
     def __reduce__(self) -> tuple:
         # engines send their configuration to other processes, where the format of that name is the same one
-        from qplugins.formats import get_format
+        from qplugins.formats import any_format
 
-        return get_format, (self.name,)
+        return any_format, (self.name,)
 
     @property
     def quantized(self) -> bool:
@@ -130,7 +141,8 @@ class Format:
         codes = self.params[0]
         if codes.name not in tensors or len(shape := tensors[codes.name].shape) != 2:
             return None
-        return shape[0] * codes.per[0], shape[1] * codes.per[1]
+        n, k = (shape[codes.axes.index(axis)] * codes.per[axis] for axis in (0, 1))
+        return n, k
 
     def refuses(self, n: int, k: int) -> str | None:
         """Why an n x k matrix cannot be stored in this format, as a sentence; None where it can."""
@@ -139,16 +151,29 @@ class Format:
         for p in self.params:
             if p.per is not None and p.per[1] is not None and k % p.per[1]:
                 return f"K = {k} is not a multiple of {p.per[1]}, which {p.name} of {self.name} packs together"
+        if n % (per := self.params[0].per[0]):
+            return f"N = {n} is not a multiple of {per}, which {self.params[0].name} of {self.name} packs together"
+        return None
+
+    def refuses_cut(self, columns: tuple[int, int], k: int) -> str | None:
+        """Why a rank cannot have W[:, columns[0]:columns[1]] of k columns in all, as a sentence; None where it can, as far as formats know."""
+        if self.permuted and columns != (0, k):
+            return (
+                f"columns {columns[0]}..{columns[1]} of {k} cannot be cut out of a {self.name} matrix, whose groups have columns from everywhere "
+                "(act-order, desc_act); use tensor parallel size 1, or a checkpoint without it"
+            )
         return None
 
     def spec(self, n: int, k: int) -> Spec:
         """What a kernel has to know of an n x k matrix in this format, for a bfloat16 model."""
         if self.code is None:
             return Spec(n, k)
+        if self.twin is not None:
+            return self.twin.spec(n, k)
         dtype = next(p.dtype for p in self.params if p.name == "weight_scale")
         scale = "f32" if self.code == "e4m3" else next(s for s, d in SCALES.items() if d == (dtype or torch.bfloat16))
         zero_point = any(p.name == "weight_zero_point" for p in self.params)
-        return Spec(n, k, self.code, scale, None if self.group_size == k else self.group_size, zero_point, self.activation)
+        return Spec(n, k, self.code, scale, None if self.group_size == k else self.group_size, zero_point, self.activation, self.permuted)
 
     def nbytes(self, n: int, k: int, model_dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that an n x k matrix takes, scales and all."""

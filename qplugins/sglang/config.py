@@ -16,24 +16,19 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from qplugins import serving
+from qplugins import experts, serving
 from qplugins.layer_map import LayerMap
+from qplugins.sglang import moe
 from qplugins.sglang.linear import EmbeddingMethod, LinearMethod, OnlineLinearMethod
 
 logger = logging.getLogger(__name__)
 
-# Models that fuse need not say so in SGLang; one that does, as where a checkpoint's qkv is fused already, is believed.
-PACKED = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-    "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
-}
-
 
 class MappedConfig(QuantizationConfig):
-    """A layer map at work in an SGLang model."""
+    """A layer map at work in an SGLang model. plain: whether the checkpoint is not quantized, and its layers are while they load."""
 
     layer_map: LayerMap
+    plain = False
     dummy = False
 
     def bind(self, model_config, load_config, packed_modules_mapping: Mapping[str, Sequence[str]]) -> None:
@@ -71,25 +66,32 @@ class MappedConfig(QuantizationConfig):
         raise NotImplementedError
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if prefix.startswith("layers."):  # Mixtral's code forgets what its layers are in
+            prefix = f"model.{prefix}"
         if isinstance(layer, LinearBase):
-            names = serving.part_names(PACKED | self.packed_modules_mapping, prefix)
+            names = serving.part_names(self.packed_modules_mapping, prefix)
             quantized = any(self.layer_map.rule_for(name) for name in names)
             return self.linear_method(names) if quantized else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             return self.embedding_method(layer, prefix)
         if isinstance(layer, FusedMoE):
-            return self.experts_method(prefix)
+            return self.experts_method(layer, prefix)
         return None
 
     def embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         return None
 
-    def experts_method(self, prefix: str) -> None:
-        raise NotImplementedError
+    def experts_method(self, layer: FusedMoE, prefix: str) -> moe.ExpertsMethod | None:
+        leaves = experts.leaves(self.layer_map, prefix)
+        if not experts.quantizes(self.layer_map, prefix, leaves, layer.num_experts):
+            return None
+        if reason := moe.refuses(layer):
+            raise serving.refused_experts(prefix, reason)
+        return moe.ExpertsMethod(self.layer_map, prefix, leaves, self.dummy, self.plain)
 
 
 class CheckpointConfig(MappedConfig):
-    """A quantized checkpoint in the compressed-tensors layout, ours or another producer's."""
+    """A quantized checkpoint, ours or another producer's."""
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -106,11 +108,19 @@ class CheckpointConfig(MappedConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> str | None:
-        """Takes a compressed-tensors checkpoint over when the user named this method, and only then."""
+        """Takes a quantized checkpoint over when the user named this method, and only then."""
         if user_quant != "qplugins":
             return None
         serving.check_producer(hf_quant_cfg, "SGLang")
         return "qplugins"
+
+    @staticmethod
+    def describe(model_config) -> None:
+        """Lets the model's config say how a checkpoint is stored where only ModelOpt's own file does, which SGLang reads for its own methods."""
+        from qplugins.checkpoints.reader import MODELOPT, Checkpoint
+
+        if (Path(model_config.model_path) / MODELOPT).is_file():
+            model_config.hf_config.quantization_config = dict(Checkpoint.open(model_config.model_path).quantization_config)
 
     def bind(self, model_config, load_config, packed_modules_mapping) -> None:
         """Also checks the whole checkpoint, by its headers, before anything of it is loaded; one still on a hub is checked while loading."""
@@ -119,6 +129,7 @@ class CheckpointConfig(MappedConfig):
             from qplugins.checkpoints.reader import Checkpoint
 
             checkpoint = Checkpoint.open(model_config.model_path).check()
+            self.layer_map = checkpoint.served_map or self.layer_map
             self.unseen = {m.name for m in checkpoint.modules() if m.format.quantized and (m.kind == "Embedding" or m.name == "lm_head")}
 
     def check_model(self) -> None:
@@ -139,14 +150,12 @@ class CheckpointConfig(MappedConfig):
             return None
         return EmbeddingMethod(self.layer_map, prefix, kind, self.dummy)
 
-    def experts_method(self, prefix: str) -> None:
-        serving.check_experts(self.layer_map, prefix, "SGLang")
-
 
 class OnlineConfig(MappedConfig):
     """A plain checkpoint, quantized by a preset as each layer arrives."""
 
     preset: str
+    plain = True
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "OnlineConfig":
@@ -163,10 +172,6 @@ class OnlineConfig(MappedConfig):
 
     def linear_method(self, names: list[str]) -> OnlineLinearMethod:
         return OnlineLinearMethod(self.layer_map, names, self.dummy)
-
-    def experts_method(self, prefix: str) -> None:
-        logger.warning("%s: qplugins-%s quantizes dense layers; these experts stay in 16 bits", prefix, self.preset)
-        return None
 
 
 def online_config(preset: str) -> type[OnlineConfig]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qplugins.formats import BF16
 from qplugins.layer import MixedLinear, Shard, Span, pad_rows, quantize_weight
 from qplugins.layer_map import LayerMap
-from qplugins.routers import add_router, add_routers, formats, load_random, part_of, remove_routers, shards
+from qplugins.routers import add_router, add_routers, formats, part_of, remove_routers, shards
 from qplugins.sglang import compat
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class LinearMethod(Method, LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if self.dummy:
-            load_random(layer.mixed)
+            layer.mixed.load_random()
         remove_routers(layer, layer.mixed)
         logger.debug("%s: %s", ", ".join(self.names), layer.mixed.finish(dtype=self.dtype))
 
@@ -97,7 +97,7 @@ class EmbeddingMethod(Method):
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
         if self.dummy:
-            load_random(layer.mixed)
+            layer.mixed.load_random()
         (shard,) = layer.mixed.shards
         matrix = pad_rows(shard.matrix(), layer.num_embeddings_per_partition)
         remove_routers(layer, layer.mixed)
@@ -142,6 +142,6 @@ class OnlineLinearMethod(Method, LinearMethodBase):
             if not layer.mixed.shards:
                 self.allocate(layer.mixed)
             if self.dummy:
-                load_random(layer.mixed)
+                layer.mixed.load_random()
             self.quantize(layer)  # names what is missing
         del layer.weight

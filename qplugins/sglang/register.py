@@ -48,7 +48,14 @@ def _register(names: list[str]) -> None:
     server_args.add_quantization_method_choices(names)
     configs = {"qplugins": CheckpointConfig, **{f"qplugins-{preset}": online_config(preset) for preset in PRESETS}}
     quantization.BASE_QUANTIZATION_METHODS.update(configs)
-    quantization.QUANTIZATION_METHODS.update(configs)
+    # first: the first that takes a checkpoint over has it, and SGLang's ModelOpt methods ask no one
+    stock = dict(quantization.QUANTIZATION_METHODS)
+    quantization.QUANTIZATION_METHODS.clear()
+    quantization.QUANTIZATION_METHODS.update(configs | stock)
+
+    def describe(model_config, *args, **kwargs) -> None:
+        if model_config.quantization == "qplugins":
+            CheckpointConfig.describe(model_config)
 
     def bind(config, model_config, load_config, packed_modules_mapping, *args, **kwargs) -> None:
         if isinstance(config, MappedConfig):
@@ -58,6 +65,17 @@ def _register(names: list[str]) -> None:
         if isinstance(config := getattr(model, "quant_config", None), CheckpointConfig):
             config.check_model()
 
+    compat.hook("sglang.srt.model_loader.loader.get_quant_config", describe, "BEFORE")
+
+    def architecture(found, model_config, *args, **kwargs) -> tuple:
+        # SGLang gives a Mixtral in a format that it does not know experts each apart, one after the other
+        if found[1] != "QuantMixtralForCausalLM" or model_config.quantization not in names:
+            return found
+        from sglang.srt.models.mixtral import MixtralForCausalLM
+
+        return MixtralForCausalLM, "MixtralForCausalLM"
+
+    compat.hook("sglang.srt.model_loader.utils.get_model_architecture", architecture, "AFTER")
     compat.hook("sglang.srt.model_loader.loader.get_quant_config", bind, "AFTER")
     compat.hook("sglang.srt.model_loader.loader._initialize_model", check, "AFTER")
     compat.load_plugins_in_workers()

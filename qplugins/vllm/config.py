@@ -3,6 +3,7 @@
 Both hold a layer map and answer one question, which method a layer gets; they differ in where the map comes from and in the method.
 """
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -14,11 +15,13 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
-from qplugins import serving
+from qplugins import experts, serving
 from qplugins.kv_map import KVMap
 from qplugins.layer_map import LayerMap
+from qplugins.vllm import moe
 from qplugins.vllm.linear import EmbeddingMethod, LinearMethod, OnlineLinearMethod
 
 # under vLLM's own logger, whose handlers and level then apply
@@ -26,9 +29,10 @@ logger = init_logger("vllm.qplugins")
 
 
 class MappedConfig(QuantizationConfig):
-    """A layer map at work in a vLLM model."""
+    """A layer map at work in a vLLM model. plain: whether the checkpoint is not quantized, and its layers are while they load."""
 
     layer_map: LayerMap
+    plain = False
     tied_head = False
 
     def get_name(self) -> str:
@@ -45,6 +49,11 @@ class MappedConfig(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """vLLM's own methods have no use for the order of columns that act-order stores, and so its default drops it (`.g_idx`)."""
+        return WeightsMapper()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Renames the map's targets as the model renames its modules. Fusing is not renaming: a map names the parts."""
@@ -68,26 +77,30 @@ class MappedConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return self.embedding_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
-            return self.experts_method(prefix)
+            return self.experts_method(layer, prefix)
         return None
 
     def embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         return None
 
-    def experts_method(self, prefix: str) -> None:
-        raise NotImplementedError
+    def experts_method(self, layer: RoutedExperts, prefix: str) -> moe.ExpertsMethod | None:
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        names = experts.leaves(self.layer_map, prefix, names)
+        if not experts.quantizes(self.layer_map, prefix, names, layer.global_num_experts):
+            return None
+        if reason := moe.refuses(layer):
+            raise serving.refused_experts(prefix, reason)
+        return moe.ExpertsMethod(layer.moe_config, self.layer_map, prefix, names, self.plain)
 
 
 class CheckpointConfig(MappedConfig):
-    """A quantized checkpoint in the compressed-tensors layout, ours or another producer's."""
+    """A quantized checkpoint, ours or another producer's."""
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__()
         if config is None:
             raise serving.plain_checkpoint()
         self.layer_map = LayerMap.from_config(config)
-        if warning := serving.unused_kv_scheme(config):
-            logger.warning(warning)
         self.kv_map = KVMap.from_config(config)
         self.quantized_embedding: str | None = None
 
@@ -97,19 +110,24 @@ class CheckpointConfig(MappedConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None) -> str | None:
-        """Takes a compressed-tensors checkpoint over when the user named this method, and only then."""
+        """Takes a quantized checkpoint over when the user named this method, and only then."""
         if user_quant != "qplugins":
             return None
         serving.check_producer(hf_quant_cfg, "vLLM")
+        if warning := serving.unused_kv_scheme(hf_quant_cfg):
+            logger.warning_once(warning)
+            serving.forget_kv_scheme(hf_quant_cfg)
         return "qplugins"
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Also checks the whole checkpoint, by its headers, before anything of it is loaded; one still on a hub is checked while loading."""
         super().maybe_update_config(model_name, hf_config, revision)
         if Path(model_name).is_dir():
-            from qplugins.checkpoints.reader import Checkpoint
+            from qplugins.checkpoints.reader import Checkpoint, NoWeights
 
-            Checkpoint.open(model_name).check()
+            # --load-format dummy needs none; without it vLLM's loader says what is not there
+            with contextlib.suppress(NoWeights):
+                self.layer_map = Checkpoint.open(model_name).check().served_map or self.layer_map
 
     def linear_method(self, names: list[str]) -> LinearMethod:
         return LinearMethod(self.layer_map, names)
@@ -130,14 +148,12 @@ class CheckpointConfig(MappedConfig):
         targets = (t for rule in self.layer_map.rules for t in rule.targets)
         return next((t for t in targets if t.endswith("embed_tokens") and not t.startswith("re:")), "model.embed_tokens")
 
-    def experts_method(self, prefix: str) -> None:
-        serving.check_experts(self.layer_map, prefix, "vLLM")
-
 
 class OnlineConfig(MappedConfig):
     """A plain checkpoint, quantized by a preset as each layer arrives."""
 
     preset: str
+    plain = True
 
     def __reduce__(self) -> tuple:
         # vLLM sends it to its other processes, which find no class of this name in any module
@@ -162,10 +178,6 @@ class OnlineConfig(MappedConfig):
 
     def linear_method(self, names: list[str]) -> OnlineLinearMethod:
         return OnlineLinearMethod(self.layer_map, names)
-
-    def experts_method(self, prefix: str) -> None:
-        logger.warning_once("qplugins-%s quantizes dense layers; the experts of this model stay in 16 bits", self.preset)
-        return None
 
 
 @functools.cache

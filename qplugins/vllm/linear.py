@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from qplugins.layer import MixedLinear, Shard, Span, pad_rows, quantize_weight
 from qplugins.layer_map import LayerMap
-from qplugins.routers import add_routers, formats, load_random, remove_routers, shards
+from qplugins.routers import add_routers, formats, remove_routers, shards
 
 logger = init_logger("vllm.qplugins")
 
@@ -65,7 +65,7 @@ class LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if self.load_format == "dummy":
-            load_random(layer.mixed)
+            layer.mixed.load_random()
         remove_routers(layer, layer.mixed)
         log(layer, layer.mixed.finish(dtype=self.dtype))
 
@@ -100,7 +100,7 @@ class EmbeddingMethod(QuantizeMethodBase):
         if getattr(layer, "tied", False):
             return
         if self.load_format == "dummy":
-            load_random(layer.mixed)
+            layer.mixed.load_random()
         (shard,) = layer.mixed.shards
         matrix = pad_rows(shard.matrix(), layer.num_embeddings_per_partition)
         remove_routers(layer, layer.mixed)

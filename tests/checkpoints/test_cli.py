@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from qplugins.checkpoints.reader import Checkpoint
 from qplugins.cli import app, doctor
-from qplugins.cli.inspect import ENGINE, ranges, spec
+from qplugins.cli.inspect import ENGINE, spec
 from qplugins.cli.quantize import parse_size
 from qplugins.formats import FORMATS
+from qplugins.layer_map import ranges
 
 runner = CliRunner()
 
@@ -158,13 +159,13 @@ def test_verify_exits_with_1_on_problems(quantized):
 
 
 def test_convert_errors(tmp_path):
-    assert run("convert", "gguf", tmp_path / "x.gguf", tmp_path / "out", code=2).stderr == f"qplugins: {tmp_path}/x.gguf is not a file\n"
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    assert "is not a complete GGUF file" in run("convert", "gguf", tmp_path / "x.gguf", tmp_path / "out", code=2).stderr
     assert (
-        "--dtype 'int4' is none of bfloat16"
-        in run("convert", "gguf", tmp_path / "x.gguf", tmp_path / "out", "--dtype", "int4", code=2).stderr
+        run("convert", tmp_path / "x.gguf", tmp_path / "out", code=2).stderr
+        == f"qplugins: {tmp_path}/x.gguf is neither a folder nor a file\n"
     )
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert "is not a complete GGUF file" in run("convert", tmp_path / "x.gguf", tmp_path / "out", code=2).stderr
+    assert "--dtype 'int4' is none of bfloat16" in run("convert", tmp_path / "x.gguf", tmp_path / "out", "--dtype", "int4", code=2).stderr
 
 
 def test_doctor_without_engines(monkeypatch):

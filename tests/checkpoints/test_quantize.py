@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from qplugins.checkpoints import files
 from qplugins.checkpoints import quantize as module
 from qplugins.checkpoints.quantize import plan, quantize
 from qplugins.checkpoints.reader import Checkpoint
@@ -254,7 +255,7 @@ def test_disk_too_small(src, tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
                                    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")])  # fmt: skip
 def test_disk_full(src, tmp_path, monkeypatch, error):
-    real, calls = module.save_file, []
+    real, calls = files.save_file, []
 
     def save_file(*args, **kwargs):
         calls.append(args)
@@ -262,7 +263,7 @@ def test_disk_full(src, tmp_path, monkeypatch, error):
             raise error
         real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "save_file", save_file)
+    monkeypatch.setattr(files, "save_file", save_file)
     with pytest.raises(OSError, match="the disk filled up while writing; what was written is removed again") as e:
         quantize(src, tmp_path / "out", NVFP4, max_shard_size=60_000)
     assert e.value.errno == errno.ENOSPC and left(tmp_path) == {"src"} and len(calls) == 2
@@ -272,7 +273,7 @@ def test_other_errors_while_writing_are_not_called_a_full_disk(src, tmp_path, mo
     def save_file(*args, **kwargs):
         raise SafetensorError("something else")
 
-    monkeypatch.setattr(module, "save_file", save_file)
+    monkeypatch.setattr(files, "save_file", save_file)
     with pytest.raises(SafetensorError, match="something else"):
         quantize(src, tmp_path / "out", NVFP4)
     assert left(tmp_path) == {"src"}

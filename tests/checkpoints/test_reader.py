@@ -246,8 +246,8 @@ def test_unknown_scheme(quantized):
 
 
 def test_other_quantization_method(quantized):
-    change(quantized, config=lambda c: c.update(quant_method="awq"))
-    refused(quantized, r"config\.json: expected quant_method compressed-tensors, found 'awq', which is not read here")
+    change(quantized, config=lambda c: c.update(quant_method="hqq"))
+    refused(quantized, r"config\.json: expected quant_method compressed-tensors, awq, gptq, modelopt; found 'hqq', which is not read here")
 
 
 def test_load_of_nothing(src):
