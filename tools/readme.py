@@ -118,7 +118,32 @@ def support() -> str:
     return markdown(("", "vLLM", "SGLang"), lines)
 
 
-TABLES = {f.__name__: f for f in (formats, presets, linear, kv, kv_quality, support)}
+def choice() -> str:
+    """bench/results/choose.json: presets, and what was chosen at the same bits."""
+    file = RESULTS / "choose.json"
+    if not file.exists():
+        return "Not measured yet: `python bench/choose.py`."
+    data = json.loads(file.read_text())
+    texts = list(data["unquantized"])
+    lines = [("unquantized", "16.00", "", *(cell for t in texts for cell in ("", f"{data['unquantized'][t]:.2f}")))]
+    for row in sorted(data["rows"], key=lambda r: -round(r["bits"], 2)):
+        name = row["map"] if row["map"] == "chosen" else f"`{row['map']}`"
+        cells = [cell for t in texts for cell in (f"{row[t]['kl']:.4f}", f"{row[t]['perplexity']:.2f}")]
+        lines.append((name, f"{row['bits']:.2f}", f"{row['predicted_kl']:.4f}", *cells))
+    head = (
+        f"{data['model']}, its linear layers (embedding and head are one, and stay), `{data['command']}`: chosen by {data['choose_tokens']:,} tokens "
+        f"of other prose and code, judged by {data['windows']} windows of {data['window']:,} tokens a text. fp8 layers round their inputs too."
+    )
+    table = markdown(("map", "bits a weight", "predicted KL", *(f"{t}: {c}" for t in texts for c in ("KL", "perplexity"))), lines)
+    told = "; ".join(
+        f"`{fmt}` rank correlation {s['rank_correlation']:.2f}, predicted over measured {s['ratio']:.2f}"
+        for fmt, s in data["single"].items()
+    )
+    count = len(next(iter(data["single"].values()))["rows"])
+    return f"{head}\n\n{table}\n\nOf {count} matrices, each alone, KL predicted and measured: {told}."
+
+
+TABLES = {f.__name__: f for f in (formats, presets, choice, linear, kv, kv_quality, support)}
 
 
 def render(text: str) -> str:

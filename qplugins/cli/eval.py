@@ -1,4 +1,4 @@
-"""qplugins eval kv MODEL --kv-cache-dtype int4_sink,fp8 --text FILE"""
+"""qplugins eval kv MODEL --kv-cache-dtype int4_sink,fp8 --text FILE,  qplugins eval weights SRC CKPT --text FILE"""
 
 import json as _json
 import subprocess
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qplugins.cli.shared import Json, print_json, print_table, progress_bar
+from qplugins.cli.shared import Json, megabytes, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 NEEDLE, NUMBER = "The number of the locker at the old station is {}.", 7421
 QUESTION = "What is the number of the locker at the old station? Answer with the number."
 DEPTHS = 10
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def eval_kv(
@@ -43,9 +44,7 @@ def eval_kv(
         raise ValueError(f"--context-lengths should be numbers separated by commas, is {context_lengths!r}") from None
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    if len(tokens) < lengths[-1]:
-        raise ValueError(f"{text} has {len(tokens)} tokens, and a window of {lengths[-1]} is asked for")
-    cut = {n: [tokens[i : i + n] for i in range(0, len(tokens) - n + 1, n)][:windows] for n in lengths}
+    cut = {n: cut_windows(tokens, n, windows, text) for n in reversed(lengths)}
     prompts = {n: hide(tokenizer, tokens, n) for n in lengths} if needle else {n: [] for n in lengths}
     request = {
         "model": model,
@@ -83,6 +82,87 @@ def eval_kv(
             for r in rows
         ],
     )  # fmt: skip
+
+
+def eval_weights(
+    src: Annotated[Path, typer.Argument(help="The unquantized checkpoint.")],
+    ckpt: Annotated[Path, typer.Argument(help="The checkpoint that was made from it.")],
+    text: Annotated[Path, typer.Option(help="A text to judge, in UTF-8.")],
+    context_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 2048,
+    windows: Annotated[int, typer.Option(help="Windows of the text.", min=1)] = 2,
+    device: Annotated[str, typer.Option(help="Where the models run, one after the other: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="That they run in. bfloat16's own noise hides a KL below about 0.001.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Compare a quantized checkpoint's weights with the original's, through transformers: KL of the next token, perplexity, top-1 agreement.
+
+    No engine is needed, and the KV cache is not quantized. fp8 layers round their inputs as GPUs do. For benchmark tasks:
+    lm_eval --model vllm --model_args pretrained=CKPT,quantization=qplugins --tasks gsm8k
+    """
+    from qplugins.checkpoints.reader import Checkpoint
+
+    checkpoints = [Checkpoint.open(path).check() for path in (src, ckpt)]
+    how = run_on(device, dtype)
+    cut = read_windows(src, text, context_length, windows)
+    from qplugins.checkpoints import quality
+
+    with progress_bar("running", shown=not json, unit="models") as progress:
+        progress(0, 2, str(src))
+        model = quality.dequantized_model(src, **how)
+        reference = [quality.next_token_logprobs(model, w).cpu() for w in cut]
+        del model
+        progress(1, 2, str(ckpt))
+        found = quality.divergence(reference, quality.dequantized_model(ckpt, round_inputs=True, **how), cut)
+    rows = []
+    for checkpoint, kl, top1, perplexity in zip(
+        checkpoints, (0.0, found.kl), (1.0, found.top1), (found.reference_perplexity, found.perplexity), strict=True
+    ):
+        modules = checkpoint.modules()
+        bits = 8 * sum(m.nbytes for m in modules) / sum(m.n * m.k for m in modules)
+        figures = {"bytes": checkpoint.nbytes, "bits_per_weight": bits, "kl": kl, "perplexity": perplexity, "top1": top1}
+        rows.append({"checkpoint": str(checkpoint.path), **figures})
+    if json:
+        print_json({"text": str(text), "context": context_length, "windows": len(cut), "positions": found.positions, "rows": rows})
+        return
+    print_table(
+        f"{found.positions} next tokens of {text}",
+        ["checkpoint", " bytes", " bits per weight", " KL", " perplexity", " top-1"],
+        [
+            (
+                r["checkpoint"], megabytes(r["bytes"]), f"{r['bits_per_weight']:.2f}", f"{r['kl']:.5f}", f"{r['perplexity']:.3f}",
+                f"{r['top1']:.2%}",
+            )
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def read_windows(model: str | Path, text: Path, length: int, count: int) -> list[list[int]]:
+    """The first `count` windows of a text file, in tokens of a checkpoint's tokenizer; fewer, where the text ends."""
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()  # a text may be longer than the model's context: it is cut
+    logging.disable_progress_bar()
+    tokens = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    return cut_windows(tokens, length, count, text)
+
+
+def cut_windows(tokens: list[int], length: int, count: int, text: Path) -> list[list[int]]:
+    if len(tokens) < length:
+        raise ValueError(f"{text} has {len(tokens)} tokens, and a window of {length} is asked for")
+    return [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)][:count]
+
+
+def run_on(device: str, dtype: str) -> dict[str, Any]:
+    """How quality.py is to load a model. Raises ValueError for a device or dtype that cannot be."""
+    import torch
+
+    from qplugins.checkpoints.quantize import check_device
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    check_device(device)
+    return {"device": device, "dtype": getattr(torch, dtype)}
 
 
 def hide(tokenizer: Any, tokens: list[int], length: int) -> list[list[int]]:
