@@ -26,18 +26,20 @@ add up. FIT (arXiv 2210.08502) takes the Fisher information of single weights wi
 
 One forward and one backward pass over all windows at once, with activations recomputed a decoder layer at a time: memory is the model, a
 hidden state a layer and token, and a layer's activations. Each error D is made when its matrix's turn comes and kept no longer.
+
+Not seen is what jumps: a mixture's router that chooses other experts.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from qplugins.checkpoints.quality import rounded
 from qplugins.checkpoints.reader import Checkpoint
@@ -88,13 +90,14 @@ def sensitivities(
     model.requires_grad_(False)
     generator = torch.Generator(windows.device).manual_seed(seed)
     with _recomputed(model), probe.attached(model), torch.enable_grad():
-        hidden = model.base_model(input_ids=windows, use_cache=False).last_hidden_state
+        output = model.base_model(input_ids=windows, use_cache=False)
+        hidden = output.last_hidden_state
         gradient = torch.empty_like(hidden)
         for b in range(len(windows)):  # logits are large: a window's at a time
             part = slice(b, b + 1)
             h = hidden[part].detach().requires_grad_()
             probe.rows = part
-            logits = _head(model, h, windows[part])
+            logits = _head(model, replace(output, last_hidden_state=h), windows[part])
             logits.backward(_fisher_root(logits.detach(), generator))
             gradient[part] = h.grad
         probe.rows = slice(None)
@@ -118,10 +121,10 @@ def _fisher_root(logits: Tensor, generator: torch.Generator) -> Tensor:
     return u.sub_(r.square_().mul_(u.sum(-1, keepdim=True))).to(logits.dtype)
 
 
-def _head(model: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Logits of the body's last hidden state, by the model's own forward pass: some models scale or cap them behind the head."""
+def _head(model: nn.Module, output: ModelOutput, tokens: Tensor) -> Tensor:
+    """Logits of the body's output, by the model's own forward pass: some models scale or cap them behind the head."""
     body = model.base_model
-    body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    body.forward = lambda *_, **__: output
     try:
         return model(input_ids=tokens, use_cache=False).logits
     finally:
