@@ -39,9 +39,9 @@ rules:
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def config(folder: Path, quantization: str | None) -> VllmConfig:
+def config(folder: Path, quantization: str | None, **options) -> VllmConfig:
     return EngineArgs(
-        model=str(folder), quantization=quantization, dtype="float32", enforce_eager=True, max_model_len=128
+        model=str(folder), quantization=quantization, dtype="float32", enforce_eager=True, max_model_len=128, **options
     ).create_engine_config()
 
 
@@ -144,6 +144,15 @@ def test_nothing_of_the_checkpoint_is_left_over(loaded):
         if isinstance(layer, LinearBase):
             left = [p for p, t in layer.named_parameters() if t.numel() == 0 or t.device.type == "meta"]
             assert not left, f"{name} keeps {left}"
+
+
+def test_random_weights_need_no_file(world, mixed, tmp_path):
+    (tmp_path / "config.json").write_text((mixed / "config.json").read_text())
+    model = load(config(tmp_path, "qplugins", load_format="dummy", skip_tokenizer_init=True))
+    layers = [layer for layer in model.modules() if isinstance(layer, LinearBase)]
+    assert layers and all(layer.mixed.plan for layer in layers if hasattr(layer, "mixed"))
+    x = torch.randn(3, layers[0].input_size)
+    assert layers[0].quant_method.apply(layers[0], x).isfinite().all()
 
 
 def test_plain_checkpoint_under_qplugins_is_refused(tiny_llama):
