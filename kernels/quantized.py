@@ -58,6 +58,10 @@ class QuantizedTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
     def group_size(self) -> int:
         """Columns that share a scale; K itself where a row has one scale."""
         return self.codes.shape[1] // self.scale.shape[1]

@@ -18,10 +18,9 @@ from qplugins.dispatch import Machine, choose
 from qplugins.formats import BF16, CheckpointError, Format
 from qplugins.kernels import linear, moe
 from qplugins.kernels.linear import Weight
-from qplugins.kernels.quantized import QuantizedTensor
 from qplugins.layer import Matrix, Shard, Span, quantize_weight
 from qplugins.layer_map import LayerMap, check_experts
-from qplugins.routers import formats
+from qplugins.routers import add_router, formats
 
 # Gate, up and down, as Mixtral's checkpoints have it and after them the loaders of both engines; gate and up are multiplied as one.
 IDS = ("w1", "w3", "w2")
@@ -136,9 +135,7 @@ class MixedExperts(nn.Module):
         return linear.fuse([self._pack_matrix(m) for m in matrices])
 
     def _pack_matrix(self, m: Matrix) -> Weight:
-        quantized = isinstance(m.weight, QuantizedTensor)
-        spec = linear.spec_of(m.weight) if quantized else linear.Spec(*m.weight.shape)
-        return moe.pack(m.weight, choose(spec, Machine.of(self.device), self.dtype, "experts"))
+        return moe.pack(m.weight, choose(linear.spec_of(m.weight), Machine.of(self.device), self.dtype, "experts"))
 
     def load_random(self) -> None:
         """Random matrices, the same for all experts, in place of a checkpoint's."""
@@ -178,9 +175,7 @@ def add_routers(layer: nn.Module, experts: MixedExperts, local: Callable[[int], 
     local  an expert's number among those of this rank, negative where it is another rank's
     """
     for name, dtype in _routers(experts).items():
-        router = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        router.weight_loader = _loader(experts, name.partition("_")[2], local)
-        layer.register_parameter(name, router)
+        add_router(layer, name, dtype, _loader(experts, name.partition("_")[2], local))
 
 
 def remove_routers(layer: nn.Module, experts: MixedExperts) -> None:

@@ -153,10 +153,7 @@ class MixedLinear(nn.Module):
             self.shards = nn.ModuleList()
         weights = []
         for m in matrices:
-            quantized = isinstance(m.weight, QuantizedTensor)
-            device = m.weight.codes.device if quantized else m.weight.device
-            spec = ops.spec_of(m.weight, m.format.activation) if quantized else ops.Spec(*m.weight.shape)
-            name = choose(spec, Machine.of(device), dtype)
+            name = choose(ops.spec_of(m.weight, m.format.activation), Machine.of(m.weight.device), dtype)
             weights.append(ops.pack(m.weight, name, activation=m.format.activation, input_scale=m.input_scale))
         weights = ops.fuse(weights)
         self.operands.extend(nn.Parameter(t, requires_grad=False) for w in weights for t in w.tensors)

@@ -5,7 +5,8 @@ the tensor and the part that it is ("k"). So for every stored name X a layer has
 tensor on to the part that it belongs to. Routers are gone after loading.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,24 +59,28 @@ def part_of(shard_id, parts: int) -> Sequence[int]:
     return ("qkv".index(shard_id) if isinstance(shard_id, str) else shard_id,)
 
 
-def add_router(layer: nn.Module, name: str, dtype: torch.dtype, load) -> None:
-    """An empty parameter `name`; `load(tensor, shard_id)` gets what the engine loads into it."""
-
-    def loader(param: nn.Parameter, tensor: Tensor, shard_id=None) -> None:
-        load(tensor, shard_id)
-
+def add_router(layer: nn.Module, name: str, dtype: torch.dtype, loader: Callable) -> None:
+    """An empty parameter `name`, whose loader the engine calls with the parameter, a tensor, and what part it is."""
     router = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     router.weight_loader = loader
     layer.register_parameter(name, router)
 
 
+def part_loader(load: Callable[[Tensor, Sequence[int]], None], parts: int) -> Callable:
+    """The loader of a router on a layer of so many parts: `load(tensor, ids)` gets the tensor, and the parts that it is, by index."""
+
+    def loader(param: nn.Parameter, tensor: Tensor, shard_id=None) -> None:
+        load(tensor, part_of(shard_id, parts))
+
+    return loader
+
+
 def add_routers(layer: nn.Module, mixed: MixedLinear) -> None:
     """One router for every name that a part stores."""
-    parts = len(mixed.shards)
     for shard in mixed.shards:
         for p in shard.format.params:
             if not hasattr(layer, p.name):
-                add_router(layer, p.name, p.dtype or shard.dtype, lambda t, i, name=p.name: mixed.load(name, t, part_of(i, parts)))
+                add_router(layer, p.name, p.dtype or shard.dtype, part_loader(partial(mixed.load, p.name), len(mixed.shards)))
 
 
 def remove_routers(layer: nn.Module, mixed: MixedLinear) -> None:

@@ -104,7 +104,7 @@ def pack(
     if isinstance(q, Tensor):
         if implementation not in ("torch", "reference"):
             raise ValueError(f"{implementation} runs quantized matrices; this one is {q.dtype}")
-        return Weight(implementation, Spec(q.shape[0], q.shape[1]), (q.contiguous(),))
+        return Weight(implementation, spec_of(q), (q.contiguous(),))
     spec = spec_of(q, activation)
     if (activation == "tensor") != (input_scale is not None):
         raise ValueError(f"an input_scale belongs to activation 'tensor' and to no other; activation is {activation!r}")

@@ -76,8 +76,10 @@ class Spec:
         return f"{self.code}*{self.scale}/{self.group or 'row'}{zero}{activation} {self.n}x{self.k}"
 
 
-def spec_of(q: QuantizedTensor, activation: str | None = None) -> Spec:
-    """The spec of a quantized matrix."""
+def spec_of(q: QuantizedTensor | torch.Tensor, activation: str | None = None) -> Spec:
+    """The spec of a matrix, quantized or plain."""
+    if isinstance(q, torch.Tensor):
+        return Spec(*q.shape)
     scale = next(name for name, dtype in SCALES.items() if dtype == q.scale.dtype)
     return Spec(*q.shape, q.code, scale, q.group_size, q.zero_point is not None, activation, q.columns is not None)
 
@@ -100,11 +102,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of a layer: n rows together, k columns each."""
+    """All shards of a layer: n rows together, k columns each, and so many tensors."""
 
     n: int
     k: int
     shards: tuple[Shard, ...]
+    tensors: int
 
 
 def plan(shards: list[tuple[str, Spec]]) -> str:
@@ -136,4 +139,4 @@ def parse(text: str) -> Plan:
         columns = first + count if m["permuted"] else None
         shards.append(Shard(m["impl"], spec, start, first, count, columns))
         start, first = start + n, first + count + (columns is not None)
-    return Plan(start, shards[0].spec.k, tuple(shards))
+    return Plan(start, shards[0].spec.k, tuple(shards), first)

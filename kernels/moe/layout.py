@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qplugins.kernels import linear
-from qplugins.kernels.linear import Plan, Spec, Weight
+from qplugins.kernels.linear import Plan, Weight
 from qplugins.kernels.linear.layout import tensor_names
 from qplugins.kernels.quantized import QuantizedTensor
 
@@ -21,7 +21,7 @@ def pack(q: QuantizedTensor | Tensor, implementation: str) -> Weight:
     q  a quantized matrix, or a float one [N, K], which here both implementations run: a layer's experts need not all be quantized
     """
     if isinstance(q, Tensor):
-        return Weight(implementation, Spec(*q.shape), (q.contiguous(),))
+        return Weight(implementation, linear.spec_of(q), (q.contiguous(),))
     return linear.pack(q, implementation)
 
 
@@ -53,10 +53,9 @@ def stack(weights: Iterable[Weight], experts: int | None = None) -> Weight:
 
 def divide(tensors: Sequence[Tensor], gate_up: Plan, down: Plan) -> tuple[list[Tensor], list[Tensor]]:
     """The operator's tensors -> those of gate and up, those of down. Raises ValueError where they are not as many as the plans say."""
-    ours, theirs = (p.shards[-1].first + p.shards[-1].count + (p.shards[-1].columns is not None) for p in (gate_up, down))
-    if len(tensors) != ours + theirs:
-        raise ValueError(f"gate and up have {ours} tensors, down has {theirs}; {len(tensors)} were given")
-    return list(tensors[:ours]), list(tensors[ours:])
+    if len(tensors) != gate_up.tensors + down.tensors:
+        raise ValueError(f"gate and up have {gate_up.tensors} tensors, down has {down.tensors}; {len(tensors)} were given")
+    return list(tensors[: gate_up.tensors]), list(tensors[gate_up.tensors :])
 
 
 def _form(w: Weight) -> str:

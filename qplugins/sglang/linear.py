@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from sglang.srt.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear, RowParallelLinear
@@ -12,7 +13,7 @@ from torch import Tensor
 from qplugins.formats import BF16
 from qplugins.layer import MixedLinear, Shard, Span, pad_rows, quantize_weight
 from qplugins.layer_map import LayerMap
-from qplugins.routers import add_router, add_routers, formats, part_of, remove_routers, shards
+from qplugins.routers import add_router, add_routers, formats, part_loader, remove_routers, shards
 from qplugins.sglang import compat
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class OnlineLinearMethod(Method, LinearMethodBase):
         self.parts = spans(layer, input_size_per_partition, input_size, output_partition_sizes)
         self.formats = formats(self.layer_map, self.names, self.parts)
         layer.mixed = MixedLinear()
-        add_router(layer, "weight", params_dtype, lambda tensor, shard_id: self.load(layer, tensor, part_of(shard_id, len(self.parts))))
+        add_router(layer, "weight", params_dtype, part_loader(partial(self.load, layer), len(self.parts)))
 
     def allocate(self, mixed: MixedLinear) -> None:
         with self.device:
