@@ -1,6 +1,9 @@
-"""What the configs of both adapters do and say alike: the names that a map knows a layer's matrices by, and the refusals at start-up."""
+"""What the configs of both adapters do and say alike: a layer map at work, the names that it knows a layer's matrices by, and the refusals at
+start-up."""
 
+import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 from qplugins.formats import PRODUCERS, modelopt, producer
 from qplugins.kv_map import KVMap
@@ -12,6 +15,66 @@ PACKED = {
     "gate_up_proj": ["gate_proj", "up_proj"],
     "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
 }
+
+
+class Mapped:
+    """A layer map at work in an engine's model. To stand before the engine's QuantizationConfig among the bases of a class.
+
+    layer_map               names as the engine's model has them
+    packed_modules_mapping  the engine's table of the model's fused layers
+    plain                   whether the checkpoint is not quantized, and its layers are while they load
+    """
+
+    layer_map: LayerMap
+    packed_modules_mapping: Mapping[str, Sequence[str]]
+    plain = False
+
+    def get_name(self) -> str:
+        return "qplugins"
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def linear_method(self, names: list[str]) -> Any:
+        """The engine's method for a layer of the matrices `names`."""
+        raise NotImplementedError
+
+    def embedding_method(self, layer: Any, prefix: str) -> Any:
+        """The engine's method for an embedding or output head; None leaves it to the engine."""
+        return None
+
+    def quantized_linear(self, prefix: str) -> Any:
+        """The engine's method for a linear layer; None where the map has a format for none of its matrices."""
+        names = part_names(self.packed_modules_mapping, prefix)
+        return self.linear_method(names) if any(self.layer_map.rule_for(name) for name in names) else None
+
+
+class Online(Mapped):
+    """A plain checkpoint, quantized by a preset as each layer arrives. A class for each preset: engines build it without arguments."""
+
+    preset: str
+    plain = True
+
+    def get_name(self) -> str:
+        return f"qplugins-{self.preset}"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Online":
+        """For a checkpoint that is quantized already: raises ValueError."""
+        raise ValueError(
+            f"--quantization qplugins-{cls.preset} quantizes plain checkpoints; this one has a quantization_config. Use --quantization qplugins."
+        )
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None) -> None:
+        """Takes nothing over. Raises ValueError where the user named this preset for a quantized checkpoint."""
+        if user_quant == f"qplugins-{cls.preset}":
+            cls.from_config(hf_quant_cfg)
 
 
 def part_names(packed: Mapping[str, Sequence[str]], prefix: str) -> list[str]:
@@ -76,16 +139,18 @@ def forget_kv_scheme(quantization_config: MutableMapping) -> None:
         of.pop("kv_cache_scheme", None)
 
 
-def quantized_already(preset: str) -> ValueError:
-    """For --quantization qplugins-<preset> on a checkpoint that is quantized."""
-    return ValueError(
-        f"--quantization qplugins-{preset} quantizes plain checkpoints; this one has a quantization_config. Use --quantization qplugins."
-    )
-
-
 def refused_experts(prefix: str, reason: str) -> ValueError:
     """For experts that a map quantizes and nothing here computes. reason: what they are or do."""
     return ValueError(
         f"{prefix}: these experts {reason}, and such are not served quantized here. Leave them in 16 bits: name them under ignore in a map "
         "for `qplugins quantize`."
     )
+
+
+def untested(engine: str, version: str, tested: tuple[tuple[int, ...], tuple[int, ...]]) -> str | None:
+    """A sentence when an engine's version is not from the first to the last of `tested`, or does not say; None when it is."""
+    found = re.match(r"\.".join([r"(\d+)"] * len(tested[0])), version)
+    if found and tested[0] <= tuple(map(int, found.groups())) <= tested[1]:
+        return None
+    first, last = (".".join(map(str, t)) for t in tested)
+    return f"qplugins was tested with {engine} {first} to {last}, this is {version}: it may still work, and `qplugins doctor` tells more"

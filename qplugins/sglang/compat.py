@@ -3,32 +3,21 @@
 import importlib.util
 import os
 import pkgutil
-import re
 
 import torch
+
+from qplugins import serving
 
 TESTED = ((0, 5, 16), (0, 5, 23))  # first and last version that the integration tests run
 APP = "qplugins.sglang.app:app"
 STOCK_APP = "sglang.srt.entrypoints.http_server:app"
 
 
-def version() -> tuple[int, ...] | None:
-    """(major, minor, patch) of the installed SGLang; None for a build that does not say."""
-    from sglang.version import __version__
-
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", __version__)
-    return tuple(int(g) for g in found.groups()) if found else None
-
-
 def untested() -> str | None:
     """A sentence when the installed SGLang is not among those tested; None when it is."""
     from sglang.version import __version__
 
-    v = version()
-    if v is not None and TESTED[0] <= v <= TESTED[1]:
-        return None
-    first, last = (".".join(map(str, t)) for t in TESTED)
-    return f"qplugins was tested with SGLang {first} to {last}, this is {__version__}: it may still work, and `qplugins doctor` tells more"
+    return serving.untested("SGLang", __version__, TESTED)
 
 
 def hook(target: str, function, kind: str) -> None:

@@ -24,11 +24,9 @@ from qplugins.sglang.linear import EmbeddingMethod, LinearMethod, OnlineLinearMe
 logger = logging.getLogger(__name__)
 
 
-class MappedConfig(QuantizationConfig):
-    """A layer map at work in an SGLang model. plain: whether the checkpoint is not quantized, and its layers are while they load."""
+class MappedConfig(serving.Mapped, QuantizationConfig):
+    """A layer map at work in an SGLang model."""
 
-    layer_map: LayerMap
-    plain = False
     dummy = False
 
     def bind(self, model_config, load_config, packed_modules_mapping: Mapping[str, Sequence[str]]) -> None:
@@ -36,20 +34,9 @@ class MappedConfig(QuantizationConfig):
         self.packed_modules_mapping = dict(packed_modules_mapping or {})
         self.dummy = getattr(load_config.load_format, "value", load_config.load_format) == "dummy"
 
-    def get_name(self) -> str:
-        return "qplugins"
-
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         dtypes = [torch.bfloat16, torch.float16]
         return dtypes if torch.cuda.is_available() else [*dtypes, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     def get_scaled_act_names(self) -> list[str]:
         return []
@@ -62,23 +49,15 @@ class MappedConfig(QuantizationConfig):
 
         self.layer_map = serving.rename(self.layer_map, renamed)
 
-    def linear_method(self, names: list[str]) -> QuantizeMethodBase:
-        raise NotImplementedError
-
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if prefix.startswith("layers."):  # Mixtral's code forgets what its layers are in
             prefix = f"model.{prefix}"
         if isinstance(layer, LinearBase):
-            names = serving.part_names(self.packed_modules_mapping, prefix)
-            quantized = any(self.layer_map.rule_for(name) for name in names)
-            return self.linear_method(names) if quantized else UnquantizedLinearMethod()
+            return self.quantized_linear(prefix) or UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             return self.embedding_method(layer, prefix)
         if isinstance(layer, FusedMoE):
             return self.experts_method(layer, prefix)
-        return None
-
-    def embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         return None
 
     def experts_method(self, layer: FusedMoE, prefix: str) -> moe.ExpertsMethod | None:
@@ -151,20 +130,8 @@ class CheckpointConfig(MappedConfig):
         return EmbeddingMethod(self.layer_map, prefix, kind, self.dummy)
 
 
-class OnlineConfig(MappedConfig):
+class OnlineConfig(serving.Online, MappedConfig):
     """A plain checkpoint, quantized by a preset as each layer arrives."""
-
-    preset: str
-    plain = True
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "OnlineConfig":
-        raise serving.quantized_already(cls.preset)
-
-    @classmethod
-    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> None:
-        if user_quant == f"qplugins-{cls.preset}":
-            cls.from_config(hf_quant_cfg)
 
     def bind(self, model_config, load_config, packed_modules_mapping) -> None:
         super().bind(model_config, load_config, packed_modules_mapping)
@@ -176,4 +143,4 @@ class OnlineConfig(MappedConfig):
 
 def online_config(preset: str) -> type[OnlineConfig]:
     """The config class of one preset: SGLang builds it without arguments, so that each needs its own."""
-    return type(f"OnlineConfig_{preset}", (OnlineConfig,), {"preset": preset, "get_name": lambda self: f"qplugins-{preset}"})
+    return type(f"OnlineConfig_{preset}", (OnlineConfig,), {"preset": preset})

@@ -1,12 +1,13 @@
 """What differs between vLLM versions, and nothing else. Each piece says from which version on it can go."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+
+from qplugins import serving
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -14,23 +15,11 @@ if TYPE_CHECKING:
 TESTED = ((0, 32), (0, 33))  # first and last minor version that the integration tests run
 
 
-def version() -> tuple[int, int] | None:
-    """(major, minor) of the installed vLLM; None for a build that does not say."""
-    from vllm import __version__
-
-    found = re.match(r"(\d+)\.(\d+)", __version__)
-    return (int(found[1]), int(found[2])) if found else None
-
-
 def untested() -> str | None:
     """A sentence when the installed vLLM is not among those tested; None when it is."""
     from vllm import __version__
 
-    v = version()
-    if v is not None and TESTED[0] <= v <= TESTED[1]:
-        return None
-    first, last = (".".join(map(str, t)) for t in TESTED)
-    return f"qplugins was tested with vLLM {first} to {last}, this is {__version__}: it may still work, and `qplugins doctor` tells more"
+    return serving.untested("vLLM", __version__, TESTED)
 
 
 def register_kv_cache_dtype(name: str, storage: torch.dtype) -> None:

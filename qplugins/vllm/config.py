@@ -28,27 +28,14 @@ from qplugins.vllm.linear import EmbeddingMethod, LinearMethod, OnlineLinearMeth
 logger = init_logger("vllm.qplugins")
 
 
-class MappedConfig(QuantizationConfig):
-    """A layer map at work in a vLLM model. plain: whether the checkpoint is not quantized, and its layers are while they load."""
+class MappedConfig(serving.Mapped, QuantizationConfig):
+    """A layer map at work in a vLLM model."""
 
-    layer_map: LayerMap
-    plain = False
     tied_head = False
-
-    def get_name(self) -> str:
-        return "qplugins"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         dtypes = [torch.bfloat16, torch.float16]
         return [*dtypes, torch.float32] if current_platform.is_cpu() else dtypes
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
@@ -66,21 +53,13 @@ class MappedConfig(QuantizationConfig):
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
         self.tied_head = bool(getattr(text, "tie_word_embeddings", False))
 
-    def linear_method(self, names: list[str]) -> QuantizeMethodBase:
-        raise NotImplementedError
-
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
-            names = serving.part_names(self.packed_modules_mapping, prefix)
-            quantized = any(self.layer_map.rule_for(name) for name in names)
-            return self.linear_method(names) if quantized else UnquantizedLinearMethod()
+            return self.quantized_linear(prefix) or UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             return self.embedding_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
             return self.experts_method(layer, prefix)
-        return None
-
-    def embedding_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         return None
 
     def experts_method(self, layer: RoutedExperts, prefix: str) -> moe.ExpertsMethod | None:
@@ -149,27 +128,12 @@ class CheckpointConfig(MappedConfig):
         return next((t for t in targets if t.endswith("embed_tokens") and not t.startswith("re:")), "model.embed_tokens")
 
 
-class OnlineConfig(MappedConfig):
+class OnlineConfig(serving.Online, MappedConfig):
     """A plain checkpoint, quantized by a preset as each layer arrives."""
-
-    preset: str
-    plain = True
 
     def __reduce__(self) -> tuple:
         # vLLM sends it to its other processes, which find no class of this name in any module
         return _restore, (self.preset, self.__dict__)
-
-    def get_name(self) -> str:
-        return f"qplugins-{self.preset}"
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "OnlineConfig":
-        raise serving.quantized_already(cls.preset)
-
-    @classmethod
-    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None) -> None:
-        if user_quant == f"qplugins-{cls.preset}":
-            cls.from_config(hf_quant_cfg)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         super().maybe_update_config(model_name, hf_config, revision)
