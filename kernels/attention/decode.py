@@ -223,6 +223,54 @@ def store_output(
 
 
 @triton.jit
+def sink_scores(
+    first, row, stored, q0, q1, q2, q3, q_sum, soft_cap, SOFT_CAP: tl.constexpr, S: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
+    WIDE: tl.constexpr, D: tl.constexpr, KB: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr,
+):  # fmt: skip
+    """The sequence's first tokens, from their rows in its first page: scores float32 [SP, N], and their values' scales and zero points [SP].
+
+    first  that page        row, stored  [SP], and which of these there are        q0..q_sum  of `rotated_queries`
+    """
+    pair = (first + ROW_SCALES).to(tl.pointer_type(tl.int32)) + row
+    ks, kz = tile.scale_and_zero(tl.load(pair, mask=stored, other=0))
+    vs, vz = tile.scale_and_zero(tl.load(pair + S, mask=stored, other=0))
+    raw = tl.zeros((row.shape[0], q0.shape[1]), tl.float32)
+    raw = dot(tile.row_keys(first + ROWS_K, row, stored, 0, C, U, WIDE, D), q0, raw)
+    raw = dot(tile.row_keys(first + ROWS_K, row, stored, 1, C, U, WIDE, D), q1, raw)
+    if KB != 8:
+        raw = dot(tile.row_keys(first + ROWS_K, row, stored, 2, C, U, WIDE, D), q2, raw)
+        raw = dot(tile.row_keys(first + ROWS_K, row, stored, 3, C, U, WIDE, D), q3, raw)
+    s = raw * ks[:, None] + kz[:, None] * q_sum[None, :]
+    if SOFT_CAP:
+        s = soft_cap * _tanh(s / soft_cap)
+    return s, vs, vz
+
+
+@triton.jit
+def sink_values(
+    first,
+    row,
+    stored,
+    weight,
+    C: tl.constexpr,
+    U: tl.constexpr,
+    WIDE: tl.constexpr,
+    D: tl.constexpr,
+    VB: tl.constexpr,
+    ROWS_V: tl.constexpr,
+):
+    """sum_r v[r] weight[r, N], as four pieces float32 [4U, N], two of them zero for 8 bits. weight: bfloat16, e * scale."""
+    v0 = tl.zeros((4 * U, weight.shape[1]), tl.float32)
+    v1, v2, v3 = v0, v0, v0
+    v0 = dot(tile.row_values(first + ROWS_V, row, stored, 0, C, U, WIDE, D), weight, v0)
+    v1 = dot(tile.row_values(first + ROWS_V, row, stored, 1, C, U, WIDE, D), weight, v1)
+    if VB != 8:
+        v2 = dot(tile.row_values(first + ROWS_V, row, stored, 2, C, U, WIDE, D), weight, v2)
+        v3 = dot(tile.row_values(first + ROWS_V, row, stored, 3, C, U, WIDE, D), weight, v3)
+    return v0, v1, v2, v3
+
+
+@triton.jit
 def decode_kernel(
     q, pages, block_table, seq_lens, query_start_loc, sums, ends, counters, out, lse, sink_logits,
     B, stride_q, stride_qh, stride_p, stride_ph, stride_bt, stride_o, stride_oh, stride_lse, scale, soft_cap,
@@ -310,18 +358,9 @@ def decode_kernel(
                 first = pages + tl.load(block_table + b.to(tl.int64) * stride_bt).to(tl.int64) * stride_p + h.to(tl.int64) * stride_ph
                 row = tl.arange(0, SP)
                 row_stored = (row < S) & (row < length)
-                pair = (first + ROW_SCALES).to(tl.pointer_type(tl.int32)) + row
-                row_ks, row_kz = tile.scale_and_zero(tl.load(pair, mask=row_stored, other=0))
-                row_vs, row_vz = tile.scale_and_zero(tl.load(pair + S, mask=row_stored, other=0))
-                row_raw = tl.zeros((SP, N), tl.float32)
-                row_raw = dot(tile.row_keys(first + ROWS_K, row, row_stored, 0, KC, KU, K_WIDE, D), q0, row_raw)
-                row_raw = dot(tile.row_keys(first + ROWS_K, row, row_stored, 1, KC, KU, K_WIDE, D), q1, row_raw)
-                if not K8:
-                    row_raw = dot(tile.row_keys(first + ROWS_K, row, row_stored, 2, KC, KU, K_WIDE, D), q2, row_raw)
-                    row_raw = dot(tile.row_keys(first + ROWS_K, row, row_stored, 3, KC, KU, K_WIDE, D), q3, row_raw)
-                row_s = row_raw * row_ks[:, None] + row_kz[:, None] * q_sum[None, :]
-                if SOFT_CAP:
-                    row_s = soft_cap * _tanh(row_s / soft_cap)
+                row_s, row_vs, row_vz = sink_scores(
+                    first, row, row_stored, q0, q1, q2, q3, q_sum, soft_cap, SOFT_CAP, S, KC, KU, K_WIDE, D, KB, ROW_SCALES, ROWS_K
+                )
                 row_s = tl.where(row_stored[:, None] & (row[:, None] <= until[None, :]) & (row[:, None] >= since[None, :]), row_s, NOTHING)
                 row_top = tl.max(row_s, 0)
                 row_e = tl.exp2(row_s - row_top[None, :])
@@ -331,28 +370,12 @@ def decode_kernel(
                 eighth = (warp == 0) & (tl.arange(0, 8)[None, :, None] == 0)
                 denominators = tl.where(eighth, tl.sum(row_e, 0)[None, None, :], 0.0)
                 zeros = tl.where(eighth, tl.sum(row_e * row_vz[:, None], 0)[None, None, :], 0.0)
-                empty = tl.zeros((4 * VU, N), tl.float32)
-                o0 = tl.where(
-                    warp == 0,
-                    dot(tile.row_values(first + ROWS_V, row, row_stored, 0, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :],
-                    0.0,
-                )
-                o1 = tl.where(
-                    warp == 0,
-                    dot(tile.row_values(first + ROWS_V, row, row_stored, 1, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :],
-                    0.0,
-                )
+                v0, v1, v2, v3 = sink_values(first, row, row_stored, row_weight, VC, VU, V_WIDE, DV, VB, ROWS_V)
+                o0 = tl.where(warp == 0, v0[None, :, :], 0.0)
+                o1 = tl.where(warp == 0, v1[None, :, :], 0.0)
                 if not V8:
-                    o2 = tl.where(
-                        warp == 0,
-                        dot(tile.row_values(first + ROWS_V, row, row_stored, 2, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :],
-                        0.0,
-                    )
-                    o3 = tl.where(
-                        warp == 0,
-                        dot(tile.row_values(first + ROWS_V, row, row_stored, 3, VC, VU, V_WIDE, DV), row_weight, empty)[None, :, :],
-                        0.0,
-                    )
+                    o2 = tl.where(warp == 0, v2[None, :, :], 0.0)
+                    o3 = tl.where(warp == 0, v3[None, :, :], 0.0)
         in_page = tl.arange(0, W)[:, None] * T + tl.arange(0, T)[None, :]
         not_before = tl.maximum(since, S)  # sinks are read from their rows
 

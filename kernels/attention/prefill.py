@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.attention.decode import LOG2E, NOTHING, _tanh, rotated_queries, store_output
+from qplugins.kernels.attention.decode import LOG2E, NOTHING, _tanh, rotated_queries, sink_scores, sink_values, store_output
 from qplugins.kernels.common.device import dot, round_to
 from qplugins.kernels.kv import tile
 from qplugins.kernels.kv.page import Page, _pow2
@@ -79,29 +79,16 @@ def prefill_kernel(
             first = pages + tl.load(table).to(tl.int64) * stride_p + h.to(tl.int64) * stride_ph
             row = tl.arange(0, SP)
             stored = (row < S) & (row < context)
-            pair = (first + ROW_SCALES).to(tl.pointer_type(tl.int32)) + row
-            row_ks, row_kz = tile.scale_and_zero(tl.load(pair, mask=stored, other=0))
-            row_vs, row_vz = tile.scale_and_zero(tl.load(pair + S, mask=stored, other=0))
-            row_raw = tl.zeros((SP, N), tl.float32)
-            row_raw = dot(tile.row_keys(first + ROWS_K, row, stored, 0, KC, KU, K_WIDE, D), q0, row_raw)
-            row_raw = dot(tile.row_keys(first + ROWS_K, row, stored, 1, KC, KU, K_WIDE, D), q1, row_raw)
-            if not K8:
-                row_raw = dot(tile.row_keys(first + ROWS_K, row, stored, 2, KC, KU, K_WIDE, D), q2, row_raw)
-                row_raw = dot(tile.row_keys(first + ROWS_K, row, stored, 3, KC, KU, K_WIDE, D), q3, row_raw)
-            row_s = row_raw * row_ks[:, None] + row_kz[:, None] * q_sum[None, :]
-            if SOFT_CAP:
-                row_s = soft_cap * _tanh(row_s / soft_cap)
+            row_s, row_vs, row_vz = sink_scores(
+                first, row, stored, q0, q1, q2, q3, q_sum, soft_cap, SOFT_CAP, S, KC, KU, K_WIDE, D, KB, ROW_SCALES, ROWS_K
+            )
             row_s = tl.where(stored[:, None] & (row[:, None] >= since[None, :]), row_s, NOTHING)
             top = tl.maximum(top, tl.max(row_s, 0))
             row_e = tl.where(row_s > NOTHING, tl.exp2(row_s - top[None, :]), 0.0)
             denominator = tl.sum(row_e, 0)
             zeros = tl.sum(row_e * row_vz[:, None], 0)
             row_weight = round_to(row_e * row_vs[:, None], tl.bfloat16)
-            o0 = dot(tile.row_values(first + ROWS_V, row, stored, 0, VC, VU, V_WIDE, DV), row_weight, o0)
-            o1 = dot(tile.row_values(first + ROWS_V, row, stored, 1, VC, VU, V_WIDE, DV), row_weight, o1)
-            if not V8:
-                o2 = dot(tile.row_values(first + ROWS_V, row, stored, 2, VC, VU, V_WIDE, DV), row_weight, o2)
-                o3 = dot(tile.row_values(first + ROWS_V, row, stored, 3, VC, VU, V_WIDE, DV), row_weight, o3)
+            o0, o1, o2, o3 = sink_values(first, row, stored, row_weight, VC, VU, V_WIDE, DV, VB, ROWS_V)
 
     mask = tile.nibble(stride_q)
     in_page = tl.arange(0, P)
