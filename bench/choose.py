@@ -18,7 +18,6 @@ import json
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tarfile
 import time
@@ -31,6 +30,7 @@ from transformers import AutoTokenizer, logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
+from bench.common import commit  # noqa: E402
 from bench.kv_ablation import default_texts  # noqa: E402
 from qplugins.checkpoints.choose import FORMATS, Candidates, choose  # noqa: E402
 from qplugins.checkpoints.quality import dequantized_model, divergence, next_token_logprobs, quantized_model  # noqa: E402
@@ -123,7 +123,7 @@ def main() -> None:
         "choose_tokens": LENGTH * CHOOSE_WINDOWS,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "rows": [],
         "single": single_matrices(model, costs, [cut[0] for cut in to_choose], args.matrices) if args.matrices else {},
     }

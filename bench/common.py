@@ -36,15 +36,19 @@ def rel_rms(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
+def commit() -> str:
+    """The commit that figures belong to."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def machine() -> dict:
     """Device, versions and commit that figures belong to."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     found = {
         "device": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit or "unknown",
+        "commit": commit(),
     }
     for name in ("vllm", "humming"):
         module = sys.modules.get(name)

@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from bench.common import commit  # noqa: E402
 
 KV = ("auto", "fp8", "int4_per_token_head", "int4_sink")
 WEIGHTS = ("bf16", "nvfp4", "nvfp4-humming", "qplugins-nvfp4")
@@ -154,7 +157,6 @@ def main() -> None:
         print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more)), flush=True)
         return
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     rows = []
     for weights in args.weights:
         for kv in args.kv:
@@ -162,7 +164,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             # after each, so that what was measured is there when a later one takes the machine down
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"commit": commit, "output_tokens": OUTPUT_TOKENS, "rows": rows}, indent=1) + "\n")
+            args.out.write_text(json.dumps({"commit": commit(), "output_tokens": OUTPUT_TOKENS, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

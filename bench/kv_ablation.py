@@ -15,7 +15,6 @@ import inspect
 import json
 import math
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
+from bench.common import commit  # noqa: E402
 from qplugins.checkpoints.quality import next_token_logprobs  # noqa: E402
 from qplugins.kernels.kv import ref  # noqa: E402
 from qplugins.kernels.kv.rotation import rotate  # noqa: E402
@@ -197,7 +197,7 @@ def main() -> None:
         "windows": args.windows,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "texts": {},
     }
     for name, text in texts.items():

@@ -9,7 +9,6 @@ shape with random weights, and a vocabulary as large as that of the tokenizer at
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench.common import table  # noqa: E402
+from bench.common import commit, table  # noqa: E402
 from bench.engine_vllm import LLAMA  # noqa: E402
 from integration_tests.models import smollm2  # noqa: E402
 from integration_tests.server import NAME, ServerFailed, VllmServer  # noqa: E402
@@ -71,7 +70,7 @@ def measure(kv: str, weights: str, options: argparse.Namespace, folder: Path) ->
             compiled=not options.eager,
             args=[*args, *options.engine_args],
         ) as server:
-            row["tokens"] = int(re.search(r"KV cache size: ([\d,]+) tokens", server.log)[1].replace(",", ""))
+            row["tokens"] = server.kv_tokens
             row["concurrency"] = min(256, row["tokens"] // (options.tokens_in + options.tokens_out))
             found = load(server, path, row["concurrency"], options.tokens_in, options.tokens_out, folder / "result.json")
     except (ServerFailed, RuntimeError, subprocess.TimeoutExpired) as e:
@@ -95,9 +94,8 @@ def main() -> None:
     import torch
     from vllm import __version__
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    about = {"device": device, "torch": torch.__version__, "vllm": __version__, "commit": commit or "unknown"}
+    about = {"device": device, "torch": torch.__version__, "vllm": __version__, "commit": commit()}
     about |= {"tokens_in": options.tokens_in, "tokens_out": options.tokens_out, "kv_bytes": options.kv_bytes}
     rows = []
     for weights in options.weights:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -201,6 +202,11 @@ class VllmServer(Server):
         vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME]
         return [*vllm, "serve", self.model, *where, *self.options, *self.args]
+
+    @property
+    def kv_tokens(self) -> int:
+        """How many tokens the KV cache holds, as vLLM tells while it starts."""
+        return int(re.search(r"KV cache size: ([\d,]+) tokens", self.log)[1].replace(",", ""))
 
     def chat(self, text: str, **options: Any) -> str:
         body = {"model": NAME, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 32, **options}

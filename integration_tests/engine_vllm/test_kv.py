@@ -8,7 +8,6 @@ may move by as much as its quantization.
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,10 +102,6 @@ def counter(server: Server, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"vllm:{name}"))
 
 
-def kv_tokens(server: Server) -> int:
-    return int(re.search(r"KV cache size: ([\d,]+) tokens", server.log)[1].replace(",", ""))
-
-
 def mean(values: list[float]) -> float:
     assert all(math.isfinite(v) for v in values)
     return sum(values) / len(values)
@@ -148,8 +143,8 @@ def test_eight_clients_at_once_get_what_one_gets(plain, tokens):
 def test_tokens_that_fit_follow_from_the_bytes(plain):
     page = 30 * 3 * KV_LAYOUTS["int4_sink"].page_bytes(64, 128)  # layers x KV heads
     fit = 2**30 // page * 128
-    assert 0.99 * fit < kv_tokens(plain) <= fit
-    assert kv_tokens(plain) > 3.2 * (2**30 // (30 * 3 * 2 * 64 * 2))  # a 16-bit cache's
+    assert 0.99 * fit < plain.kv_tokens <= fit
+    assert plain.kv_tokens > 3.2 * (2**30 // (30 * 3 * 2 * 64 * 2))  # a 16-bit cache's
 
 
 # ---- chunks of half a page, and a cache so small that requests put each other out
@@ -196,7 +191,7 @@ def test_checkpoint_that_names_its_kv(smollm2, tmp_path):
         assert ANSWER in server.chat(QUESTION)
         sizes = [KV_LAYOUTS[name].page_bytes(64, 128) for name in ("int8_sink", "int4_sink")]
         fit = 2**30 // (3 * (4 * sizes[0] + 26 * sizes[1])) * 128
-        assert 0.99 * fit < kv_tokens(server) <= fit
+        assert 0.99 * fit < server.kv_tokens <= fit
 
 
 def test_refusal_is_the_last_word_of_a_server_that_does_not_start(smollm2):

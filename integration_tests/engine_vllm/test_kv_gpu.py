@@ -24,7 +24,6 @@ from integration_tests.engine_vllm.test_kv import (
     divergence,
     exact,
     greedy,
-    kv_tokens,
     mean,
     next_token,
     prompts,
@@ -150,5 +149,5 @@ def test_tokens_that_fit_beside_other_dtypes(long_llama):
             long_llama, "--kv-cache-dtype", name, "--kv-cache-memory-bytes", str(2**28), "--enforce-eager", compiled=False
         ) as server:
             fit[name] = 2**28 // (4 * 2 * (512 if name == "auto" else KV_LAYOUTS[name].token_bytes(128, 128)))
-            assert 0.97 * fit[name] < kv_tokens(server) <= fit[name]
+            assert 0.97 * fit[name] < server.kv_tokens <= fit[name]
     assert fit["int4_sink"] > 3.4 * fit["auto"]
