@@ -8,7 +8,7 @@ plain, as soon as it is complete; `finish` then puts the experts of the layer on
 the matrices that have begun to arrive, and for a moment the experts of one layer a second time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,24 @@ def leaves(layer_map: LayerMap, prefix: str, usual: Sequence[str] | None = None)
 def quantizes(layer_map: LayerMap, prefix: str, names: Sequence[str], experts: int) -> bool:
     """Whether a map has a format for any of the experts called `prefix`."""
     return any(layer_map.rule_for(f"{prefix}.{e}.{leaf}") for e in range(experts) for leaf in names)
+
+
+def refuses(*, gated: bool, activation: str, biases: bool, limits: Iterable[float | None], weighs_input: bool) -> str | None:
+    """What is not computed here of a layer's experts, to follow "these experts"; None where all is.
+
+    limits  of their activation, None where there is none        weighs_input  whether the router's weight is a factor of the input
+    """
+    if not gated:
+        return "have no gate"
+    if activation not in moe.ACTIVATIONS:
+        return f"have the activation {activation}"
+    if biases:
+        return "have biases"
+    if any(limit is not None for limit in limits):
+        return "bound their activation (swiglu_limit)"
+    if weighs_input:
+        return "take the router's weight on their input"
+    return None
 
 
 def parts(layer_map: LayerMap, prefix: str, names: Sequence[str], experts: int, spans: Sequence[Span]) -> dict[str, Part]:

@@ -14,8 +14,8 @@ from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.runtime_context import get_server_args
 
+from qplugins import experts
 from qplugins.experts import MixedExperts, add_routers, parts, remove_routers, spans
-from qplugins.kernels import moe
 from qplugins.layer_map import LayerMap
 from qplugins.sglang.linear import Method
 
@@ -25,16 +25,14 @@ logger = logging.getLogger(__name__)
 def refuses(layer: FusedMoE) -> str | None:
     """What is not computed here of a layer's experts, to follow "these experts"; None where all is."""
     config, args, runner = layer.moe_runner_config, get_server_args(), get_moe_runner_backend()
-    if not config.is_gated:
-        return "have no gate"
-    if config.activation not in moe.ACTIVATIONS:
-        return f"have the activation {config.activation}"
-    if layer.with_bias:
-        return "have biases"
-    if any(limit is not None for limit in (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)):
-        return "bound their activation (swiglu_limit)"
-    if config.apply_router_weight_on_input:
-        return "take the router's weight on their input"
+    if reason := experts.refuses(
+        gated=config.is_gated,
+        activation=config.activation,
+        biases=layer.with_bias,
+        limits=(config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit),
+        weighs_input=config.apply_router_weight_on_input,
+    ):
+        return reason
     if config.no_combine:
         return "are not added up where they are computed"
     if args.enable_eplb or args.ep_num_redundant_experts or args.init_expert_location != "trivial":

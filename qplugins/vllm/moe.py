@@ -11,8 +11,8 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
 
+from qplugins import experts
 from qplugins.experts import MixedExperts, add_routers, parts, remove_routers, spans
-from qplugins.kernels import moe
 from qplugins.layer_map import LayerMap
 
 logger = init_logger("vllm.qplugins")
@@ -21,16 +21,14 @@ logger = init_logger("vllm.qplugins")
 def refuses(layer: RoutedExperts) -> str | None:
     """What is not computed here of a layer's experts, to follow "these experts"; None where all is."""
     config = layer.moe_config
-    if not config.is_act_and_mul:
-        return "have no gate"
-    if config.activation.value not in moe.ACTIVATIONS:
-        return f"have the activation {config.activation.value}"
-    if config.has_bias:
-        return "have biases"
-    if any(limit is not None for limit in (config.swiglu_limit, config.swiglu_alpha, config.swiglu_beta)):
-        return "bound their activation (swiglu_limit)"
-    if layer.apply_router_weight_on_input:
-        return "take the router's weight on their input"
+    if reason := experts.refuses(
+        gated=config.is_act_and_mul,
+        activation=config.activation.value,
+        biases=config.has_bias,
+        limits=(config.swiglu_limit, config.swiglu_alpha, config.swiglu_beta),
+        weighs_input=layer.apply_router_weight_on_input,
+    ):
+        return reason
     if config.moe_parallel_config.enable_eplb:
         return "move between ranks (--enable-eplb)"
     if config.is_lora_enabled:
