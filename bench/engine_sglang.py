@@ -71,15 +71,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", default=["auto", "fp8_e4m3", "int4_sink"])
     parser.add_argument("--attention-backend", help="for SGLang's own KV dtypes, where its first choice is not installed")
+    parser.add_argument("--server-args", default="", help="further arguments of launch_server, in one string")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as work:
         folder = model(Path(work) / "model")
         for dtype in options.only:
             own = ["--attention-backend", options.attention_backend] if options.attention_backend and dtype in ("auto", "fp8_e4m3") else []
-            args = ["--load-format", "dummy", *own]
+            args = ["--load-format", "dummy", *own, *options.server_args.split()]
             with SglangServer(
-                folder, kv_cache_dtype=dtype, dtype="bfloat16", context_length=40960, max_total_tokens=None, max_running=32, args=args
+                folder,
+                kv_cache_dtype=dtype,
+                dtype="bfloat16",
+                context_length=40960,
+                max_total_tokens=None,
+                max_running=32,
+                args=args,
+                timeout=500,
             ) as server:
                 row = dict(kv_cache_dtype=dtype, attention=own[1] if own else "by itself", tokens=tokens_that_fit(server))
                 for batch, length in SHAPES:

@@ -168,6 +168,7 @@ class VllmServer(Server):
 
     quantization  the value of --quantization; None leaves it out
     compiled      let vLLM compile the model and capture CUDA graphs, as it does by itself
+    kv_bytes      of a GPU's memory, for the KV cache. vLLM then does not measure what is free, so that several may share a GPU
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class VllmServer(Server):
         tensor_parallel_size: int = 1,
         max_model_len: int = 512,
         compiled: bool = False,
+        kv_bytes: int | None = None,
         args: Sequence[str] = (),
         env: dict[str, str] | None = None,
         log: Path | None = None,
@@ -193,6 +195,8 @@ class VllmServer(Server):
             self.options += ["--quantization", quantization]
         if tensor_parallel_size > 1:
             self.options += ["--tensor-parallel-size", str(tensor_parallel_size), "--distributed-executor-backend", "mp"]
+        if kv_bytes is not None:
+            self.options += ["--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", "0.1"]
         if not compiled:
             self.options += ["--enforce-eager"]
             self.env.setdefault("TORCHDYNAMO_DISABLE", "1")  # the sampler's own compiled pieces: twenty seconds before the first answer

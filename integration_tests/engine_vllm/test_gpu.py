@@ -2,7 +2,8 @@
 
 The reference is the same model with dequantized weights, computed in float32; what remains is the engine's 16-bit arithmetic. In float16 the
 bars of the CPU tests hold. bfloat16 rounds eight times as coarsely, and fp8 layers then run on FP8 tensor cores, for which the reference
-rounds their inputs to e4m3 too; at near ties the likeliest token is then a matter of rounding, and only the KL is held to its bar.
+rounds their inputs to e4m3 too: a value moved by bfloat16 may round to another e4m3, one in sixteen away. What that comes to is measured: the
+server may be as far from the reference as the same model is in PyTorch's bfloat16, and half as far again.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from integration_tests.compare import MAX_MEAN_KL, TOP, compare, dequantized_model, next_token_logprobs, quantized_model, text_tokens
+from integration_tests.compare import TOP, compare, dequantized_model, next_token_logprobs, quantized_model, text_tokens
 from integration_tests.server import VllmServer
 from qplugins.checkpoints.quantize import quantize
 from qplugins.checkpoints.reader import Checkpoint
@@ -19,6 +20,7 @@ from qplugins.kernels.decode.e4m3 import MAX
 from qplugins.layer_map import LayerMap, Rule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.real_model]
+GPU = {"compiled": True, "kv_bytes": 1 << 29, "timeout": 500}
 
 
 def round_activations(model: torch.nn.Module, names: set[str]) -> None:
@@ -65,21 +67,28 @@ def test_checkpoint(name: str, dtype: str, request: pytest.FixtureRequest) -> No
     model = dequantized_model(folder)
     if dtype == "bfloat16":
         round_activations(model, {m.name for m in Checkpoint.open(folder).modules() if m.format.activation == "token"})
-    with VllmServer(folder, quantization="qplugins", dtype=dtype, compiled=True) as server:
-        check(server, model, folder, dtype)
+    with VllmServer(folder, quantization="qplugins", dtype=dtype, **GPU) as server:
+        check(server, model, folder)
 
 
 def test_quantized_while_loading(smollm2: Path) -> None:
     model = quantized_model(smollm2, LayerMap.preset("nvfp4", 30))
-    with VllmServer(smollm2, quantization="qplugins-nvfp4", dtype="float16", compiled=True) as server:
-        check(server, model, smollm2, "float16")
+    with VllmServer(smollm2, quantization="qplugins-nvfp4", dtype="float16", **GPU) as server:
+        check(server, model, smollm2)
 
 
-def check(server: VllmServer, model: torch.nn.Module, folder: Path, dtype: str) -> None:
+def check(server: VllmServer, model: torch.nn.Module, folder: Path) -> None:
     tokens = text_tokens(folder)
-    result = compare(server.prompt_logprobs(tokens, TOP), next_token_logprobs(model, tokens), tokens)
-    print(f"\n{folder.name} {dtype}: {result}; up after {server.seconds_to_start:.0f} s")
-    assert result.mean_kl <= MAX_MEAN_KL if dtype == "bfloat16" else result.check() is None
+    exact = next_token_logprobs(model, tokens)
+    result = compare(server.prompt_logprobs(tokens, TOP), exact, tokens)
+    print(f"\n{folder.name} {server.options[1]}: {result}; up after {server.seconds_to_start:.0f} s")
+    if "bfloat16" in server.options:
+        rounded = next_token_logprobs(model.to(torch.bfloat16), tokens).double()
+        rounding = (exact.double().exp() * (exact.double() - rounded)).sum(-1).mean().item()
+        print(f"PyTorch in bfloat16: mean KL {rounding:.3g}")
+        assert result.mean_kl <= 1.5 * rounding
+    else:
+        result.check()
     # again, after others: graphs are replayed by now
     answers = {server.chat("What is the capital of France?") for _ in range(3)}
     assert len(answers) == 1 and "Paris" in answers.pop()

@@ -20,12 +20,14 @@ from integration_tests.engine_vllm.test_kv import (
     ANSWER,
     BOUND,
     QUESTION,
+    Said,
     counter,
     divergence,
     exact,
     greedy,
     mean,
     next_token,
+    parted,
     prompts,
     tokens,
 )
@@ -42,8 +44,8 @@ CLIENTS = 64
 
 def serve(model: Path, *args: str, **options) -> VllmServer:
     # float16: its rounding is far below what 4 bits change, which bfloat16's is not
-    options = {"dtype": "float16", "max_model_len": 2048, "compiled": True, "timeout": 500, **options}
-    return VllmServer(model, args=["--gpu-memory-utilization", "0.5", *args], **options)
+    options = {"dtype": "float16", "max_model_len": 2048, "compiled": True, "kv_bytes": 1 << 28, "timeout": 500, **options}
+    return VllmServer(model, args=args, **options)
 
 
 @pytest.mark.real_model
@@ -72,17 +74,30 @@ def test_graphs_and_eager_say_the_same(smollm2, tokens):
 
 
 @pytest.mark.real_model
-def test_speculation_changes_no_token(smollm2, tokens):
-    """Texts that repeat, so that the next tokens are near certain and n-grams find them."""
+def test_speculation_says_the_same(smollm2, tokens):
+    """Texts that repeat, so that n-grams find what comes next. Verifying several tokens sums in another order than decoding one: a value between
+    two codes may take the other one, and two tokens all but as likely may change places. Until one does, the numbers are the same but for that."""
     half = len(tokens) // 2
     texts = [tokens[i : half + i + 40] for i in (0, 10, 20, 30)]
     said = []
     for args in ([], ["--speculative-config", json.dumps(SPECULATIVE)]):
         with serve(smollm2, "--kv-cache-dtype", "int4_sink", *args) as server:
-            said.append([[token for token, _ in greedy(server, t, 48)] for t in texts])
+            said.append([greedy(server, t, 48) for t in texts])
             if args:
                 assert counter(server, "spec_decode_num_accepted_tokens_total") > 48
-    assert said[0] == said[1]
+    pairs = [parted(a, b) for a, b in zip(*said, strict=True)]
+    print(f"\ntokens in common: {[same for same, _ in pairs]} of 48")
+    assert mean([kl for _, kls in pairs for kl in kls]) < BOUND["int4_sink"] / 4, pairs
+    assert sum(same == 48 for same, _ in pairs) >= 2, pairs
+    for (same, _), a, b in zip(pairs, *said, strict=True):
+        if same < 48:
+            assert near_tie(a[same], b[same]), (a[same], b[same])
+
+
+def near_tie(a: tuple[str, Said], b: tuple[str, Said]) -> bool:
+    """Whether each of two tokens was nearly as likely as the other where either was chosen: within 0.2 nats, four times as far as the codes'
+    own error moves a logit of this model."""
+    return all(abs(said[a[0]] - said[b[0]]) < 0.2 for said in (a[1], b[1]))
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +114,7 @@ def long_llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def soaked(long_llama) -> Iterator[VllmServer]:
     # few enough tokens fit that requests put each other out
-    busy = ["--max-num-seqs", str(CLIENTS), "--kv-cache-memory-bytes", str(2**28)]
-    with serve(long_llama, "--kv-cache-dtype", "int4_sink", *busy, max_model_len=17408) as server:
+    with serve(long_llama, "--kv-cache-dtype", "int4_sink", "--max-num-seqs", str(CLIENTS), max_model_len=17408) as server:
         yield server
 
 
@@ -142,12 +156,12 @@ def test_many_clients_for_minutes(soaked):
 
 
 def test_tokens_that_fit_beside_other_dtypes(long_llama):
-    """In one configuration: int4_sink holds as many times a 16-bit cache's tokens as its bytes say."""
+    """In one configuration: how many tokens the same memory holds in 16 bits, in the other dtypes that vLLM has, and in int4_sink."""
     fit = {}
-    for name in ("auto", "int4_sink"):
-        with serve(
-            long_llama, "--kv-cache-dtype", name, "--kv-cache-memory-bytes", str(2**28), "--enforce-eager", compiled=False
-        ) as server:
-            fit[name] = 2**28 // (4 * 2 * (512 if name == "auto" else KV_LAYOUTS[name].token_bytes(128, 128)))
-            assert 0.97 * fit[name] < server.kv_tokens <= fit[name]
-    assert fit["int4_sink"] > 3.4 * fit["auto"]
+    for name in ("auto", "fp8", "int4_per_token_head", "int4_sink"):
+        with serve(long_llama, "--kv-cache-dtype", name, compiled=False) as server:
+            fit[name] = server.kv_tokens
+    print(f"\ntokens in 256 MiB: {fit}")
+    # 4 layers, 2 KV heads
+    assert 0.97 < fit["int4_sink"] / (2**28 // (4 * 2 * KV_LAYOUTS["int4_sink"].token_bytes(128, 128))) <= 1
+    assert fit["int4_sink"] > 3.4 * fit["auto"] and fit["int4_sink"] > 1.7 * fit["fp8"]

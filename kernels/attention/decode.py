@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.common.device import INTERPRET, dot, round_to
+from qplugins.kernels.common.device import INTERPRET, after_previous, dependent_launch, dot, round_to
 from qplugins.kernels.kv import tile
 from qplugins.kernels.kv.page import Page, _pow2
 
@@ -282,7 +282,7 @@ def decode_kernel(
     HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
-    W: tl.constexpr, T: tl.constexpr, N: tl.constexpr, BB: tl.constexpr, CB: tl.constexpr, PTX: tl.constexpr,
+    W: tl.constexpr, T: tl.constexpr, N: tl.constexpr, BB: tl.constexpr, CB: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[i, hq] and lse[i, hq] of ref.decode. Program (s, h, r): the s-th share of pages of KV head h, for its r-th N rows.
 
@@ -290,6 +290,7 @@ def decode_kernel(
     ends      float32 [r, h, s, 2, 2, N]                   the maximum and the denominator that go with them
     counters  int32 [r, h, B], zeros                       programs that have left their sums
     """
+    after_previous(PDL)
     KU: tl.constexpr = K_JP * K_WIDE
     VU: tl.constexpr = V_JP * V_WIDE
     NPV: tl.constexpr = 2 if VB == 8 else 4
@@ -618,5 +619,5 @@ def decode(
         0 if lse is None else lse.stride(0), scale * LOG2E, soft_cap * LOG2E,
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, HAS_LSE=lse is not None, HAS_SINK=sink_logits is not None, MIN_PAGES=1,
         SP=max(16, _pow2(page.sinks) if page.sinks else 0), W=runs, T=page.page_size // runs, N=n, BB=_pow2(batch), CB=_pow2(shares), PTX=tile.PTX,
-        num_warps=runs, num_stages=launch.stages, **tile.page_constants(page, runs), **registers,
+        num_warps=runs, num_stages=launch.stages, **tile.page_constants(page, runs), **dependent_launch(), **registers,
     )  # fmt: skip

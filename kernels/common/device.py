@@ -94,3 +94,20 @@ def wait_for_dot(acc, HOPPER: tl.constexpr):
         return tl.inline_asm_elementwise("// $0", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
     else:
         return acc
+
+
+def dependent_launch() -> dict:
+    """Constants and options of a launch that may begin while the kernel in front of it on the stream still runs; see `after_previous`."""
+    return {"PDL": True, "launch_pdl": True} if on_hopper() else {"PDL": False}
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """To stand first in a kernel launched with `dependent_launch`: waits for the kernel in front of it, and lets the next one come up.
+
+    So programs are on their multiprocessors when their inputs are there, instead of being launched then ("programmatic dependent launch",
+    CUDA programming guide). Nothing that another kernel may write is read before, and nothing that one may read is written.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

@@ -17,7 +17,10 @@ from qplugins.kernels.kv import tile
 from qplugins.kernels.kv.page import Page, _pow2
 from qplugins.kernels.kv.write import touched_pages
 
-WARPS = 8
+
+def warps_of(page: Page) -> int:
+    """So many that their registers hold a page's tokens in float32."""
+    return 16 if max(page.head_dim, page.v_head_dim) > 128 else 8
 
 
 @triton.jit
@@ -28,12 +31,6 @@ def _signs(to, d, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
     else:
         sign = tl.where(to[None, :] == d[:, None], 1.0, 0.0)
     return tl.where(to[None, :] >= 0, sign, 0.0)
-
-
-@triton.jit
-def _rotate_codes(y, codes, sign, dtype: tl.constexpr):
-    """y [DP, T] + sign [DP, C] codes [C, T]. The codes are whole numbers that `dtype` holds exactly."""
-    return dot(round_to(sign, dtype), codes, y)
 
 
 @triton.jit
@@ -77,66 +74,94 @@ def gather_kernel(
     row_at = entry * P + r - begin
     row_inside = (row_at >= 0) & (row_at < length) & (r < S)
 
+    # keys and values each with names of their own: Triton wants one shape for a name in both branches
     if tl.program_id(2) == 0:
-        d = tl.arange(0, DP)
         xk, xh = tile.load_keys(
             (page + CODES_K).to(tl.pointer_type(tl.int16)), (page + HIGH_K).to(tl.pointer_type(tl.int16)), KB, K_PIECES, K_JP, K_A, K_N, K_WIDE,
             HIGH_A, HIGH_N, HIGH_WIDE, 1,
         )  # fmt: skip
-        scale, zero = tile.scale_and_zero(tl.load((page + SCALES_K).to(tl.pointer_type(tl.int32)) + t, mask=inside, other=0))
-        y = tl.zeros((DP, P), tl.float32)
+        kd = tl.arange(0, DP)
+        key_column = tile.key_column(tl.arange(0, 4 * KU), KU, K_WIDE)
+        keys = tl.zeros((DP, P), tl.float32)
         mean = tl.zeros((DP,), tl.float32)
-        rows = tl.zeros((DP, SP), tl.float32)
         for j in tl.static_range(2 if KB == 8 else 4):
-            column = tile.key_column(tl.arange(0, 4 * KU), KU, K_WIDE)
-            to = tl.where((column < KC) & (j * KC + column < D), j * KC + column, -1)
-            sign = _signs(to, d, ROTATE, BLOCK_K)
-            codes = tile.keys(xk, xh, j, mask, KB, 1, P, KU, PTX)
-            codes = round_to(codes.reshape(P, 4 * KU).to(tl.float32) - tile.key_offset(j, KB), tl.float16)
-            y = _rotate_codes(y, tl.trans(codes), sign, tl.float16)
+            key_to = _to(key_column, j, KC, D)
+            key_sign = _signs(key_to, kd, ROTATE, BLOCK_K)
+            key_codes = tile.keys(xk, xh, j, mask, KB, 1, P, KU, PTX).reshape(P, 4 * KU).to(tl.float32) - tile.key_offset(j, KB)
+            keys = dot(round_to(key_sign, tl.float16), tl.trans(round_to(key_codes, tl.float16)), keys)
             if MEAN:
-                mean += tl.sum(
-                    sign * tl.load((page + MEAN_K).to(tl.pointer_type(tl.float16)) + to, mask=to >= 0, other=0.0).to(tl.float32)[None, :], 1
+                m = tl.load((page + MEAN_K).to(tl.pointer_type(tl.float16)) + key_to, mask=key_to >= 0, other=0.0).to(tl.float32)
+                mean += tl.sum(key_sign * m[None, :], 1)
+        pair = (page + SCALES_K).to(tl.pointer_type(tl.int32)) + t
+        _put(k, keys, pair, mean, inside, row + at, h, stride_k, stride_kh, D, DP, ROTATE, BLOCK_K)
+        if S > 0:
+            if entry == 0:
+                key_rows = tl.zeros((1, DP, SP), tl.float32)
+                for j in tl.static_range(2 if KB == 8 else 4):
+                    of_keys = tile.row_keys(page + ROWS_K, r, row_inside, j, KC, KU, K_WIDE, D)
+                    key_sign = _signs(_to(key_column, j, KC, D), kd, ROTATE, BLOCK_K)
+                    key_rows = _rotate_rows(key_rows, tl.trans(of_keys), key_sign)
+                key_pair = (page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + r
+                nothing = tl.zeros((DP,), tl.float32)
+                _put(
+                    k, key_rows.reshape(DP, SP), key_pair, nothing, row_inside, row + row_at, h, stride_k, stride_kh, D, DP, ROTATE, BLOCK_K
                 )
-            if S > 0:
-                if entry == 0:
-                    rows = _rotate_codes(
-                        rows, tl.trans(tile.row_keys(page + ROWS_K, r, row_inside, j, KC, KU, K_WIDE, D)), sign, tl.float16
-                    )
-        _put(
-            k, y, rows, scale, zero, mean, page + ROW_SCALES, t, inside, row_inside, row + at, row + row_at, h, entry, stride_k, stride_kh,
-            D, DP, S, SP, ROTATE, BLOCK_K,
-        )  # fmt: skip
     else:
-        d = tl.arange(0, DVP)
         xv = tile.load_values((page + CODES_V).to(tl.pointer_type(tl.int16)), V_PIECES, V_JP, V_A, V_N, V_WIDE, 1)
-        scale, zero = tile.scale_and_zero(tl.load((page + SCALES_V).to(tl.pointer_type(tl.int32)) + t, mask=inside, other=0))
-        y = tl.zeros((DVP, P), tl.float32)
-        rows = tl.zeros((DVP, SP), tl.float32)
+        vd = tl.arange(0, DVP)
+        value_column = tile.value_column(tl.arange(0, 4 * VU), V_WIDE)
+        values = tl.zeros((DVP, P), tl.float32)
         for j in tl.static_range(2 if VB == 8 else 4):
-            column = tile.value_column(tl.arange(0, 4 * VU), V_WIDE)
-            to = tl.where((column < VC) & (j * VC + column < DV), j * VC + column, -1)
-            sign = _signs(to, d, ROTATE, BLOCK_V)
-            vcodes = tile.values(xv, j, mask, VB, PTX)
-            vcodes = vcodes.reshape(4 * VU, P)
-            if VB != 8:
-                vcodes = round_to(vcodes.to(tl.float32) - tile.value_offset(VB), tl.bfloat16)
-            y = _rotate_codes(y, vcodes, sign, tl.bfloat16)
-            if S > 0:
-                if entry == 0:
-                    rows = _rotate_codes(rows, tile.row_values(page + ROWS_V, r, row_inside, j, VC, VU, V_WIDE, DV), sign, tl.bfloat16)
-        _put(
-            v, y, rows, scale, zero, tl.zeros((DVP,), tl.float32), page + ROW_SCALES + 4 * S, t, inside, row_inside, row + at, row + row_at, h, entry,
-            stride_v, stride_vh, DV, DVP, S, SP, ROTATE, BLOCK_V,
-        )  # fmt: skip
+            value_sign = _signs(_to(value_column, j, VC, DV), vd, ROTATE, BLOCK_V)
+            value_codes = tile.values(xv, j, mask, VB, PTX).reshape(4 * VU, P).to(tl.float32) - tile.value_offset(VB)
+            values = dot(round_to(value_sign, tl.bfloat16), round_to(value_codes, tl.bfloat16), values)
+        pair = (page + SCALES_V).to(tl.pointer_type(tl.int32)) + t
+        no_mean = tl.zeros((DVP,), tl.float32)
+        _put(v, values, pair, no_mean, inside, row + at, h, stride_v, stride_vh, DV, DVP, ROTATE, BLOCK_V)
+        if S > 0:
+            if entry == 0:
+                value_rows = tl.zeros((1, DVP, SP), tl.float32)
+                for j in tl.static_range(2 if VB == 8 else 4):
+                    of_values = tile.row_values(page + ROWS_V, r, row_inside, j, VC, VU, V_WIDE, DV)
+                    value_sign = _signs(_to(value_column, j, VC, DV), vd, ROTATE, BLOCK_V)
+                    value_rows = _rotate_rows(value_rows, of_values, value_sign)
+                value_pair = (page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + S + r
+                _put(
+                    v,
+                    value_rows.reshape(DVP, SP),
+                    value_pair,
+                    no_mean,
+                    row_inside,
+                    row + row_at,
+                    h,
+                    stride_v,
+                    stride_vh,
+                    DV,
+                    DVP,
+                    ROTATE,
+                    BLOCK_V,
+                )
 
 
 @triton.jit
-def _put(
-    out, y, rows, scale, zero, mean, row_scales, t, inside, row_inside, at, row_at, h, entry, stride, stride_h,
-    D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rotated codes y [DP, P] and those of sink rows [DP, SP] -> out at tokens `at` and `row_at`."""
+def _to(column, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Which of head_dim's values a piece's columns hold, -1 where they only pad."""
+    return tl.where((column < C) & (piece * C + column < D), piece * C + column, -1)
+
+
+@triton.jit
+def _rotate_rows(y, codes, sign):
+    """y [1, DP, SP] + sign [DP, C] codes [C, SP], whole numbers, for sink rows.
+
+    In three dimensions Triton multiplies from registers. Hopper's own product would read 16 columns of transposed codes from the wrong place in
+    shared memory (Triton 3.6)."""
+    return dot(round_to(sign, codes.dtype)[None, :, :], codes[None, :, :], y)
+
+
+@triton.jit
+def _put(out, y, pair, mean, inside, at, h, stride, stride_h, D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rotated codes y [DP, T] -> out at tokens `at` [T]; pair: pointers to their scales and zero points."""
+    scale, zero = tile.scale_and_zero(tl.load(pair, mask=inside, other=0))
     d = tl.arange(0, DP)
     zeros = tl.full((DP,), 1.0, tl.float32)
     norm = 1.0
@@ -145,17 +170,6 @@ def _put(
         norm = BLOCK**-0.5
     x = (y * scale[None, :] + zeros[:, None] * zero[None, :] + mean[:, None]) * norm
     tl.store(out + at[None, :] * stride + h * stride_h + d[:, None], x.to(out.dtype.element_ty), mask=inside[None, :] & (d < D)[:, None])
-    if S > 0:
-        if entry == 0:
-            row_scale, row_zero = tile.scale_and_zero(
-                tl.load(row_scales.to(tl.pointer_type(tl.int32)) + tl.arange(0, SP), mask=row_inside, other=0)
-            )
-            row_x = (rows * row_scale[None, :] + zeros[:, None] * row_zero[None, :]) * norm
-            tl.store(
-                out + row_at[None, :] * stride + h * stride_h + d[:, None],
-                row_x.to(out.dtype.element_ty),
-                mask=row_inside[None, :] & (d < D)[:, None],
-            )
 
 
 def gather(
@@ -169,6 +183,6 @@ def gather(
         gather_kernel[(touched_pages(total, batch, page.page_size), heads, 2)](
             pages, block_table, starts, cu_lens, k, v,
             batch, pages.stride(0), pages.stride(1), block_table.stride(0), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            SP=max(16, _pow2(page.sinks) if page.sinks else 0), BB=_pow2(batch), PTX=tile.PTX, num_warps=WARPS, num_stages=1, **tile.page_constants(page, 1),
+            SP=max(16, _pow2(page.sinks) if page.sinks else 0), BB=_pow2(batch), PTX=tile.PTX, num_warps=warps_of(page), num_stages=1, **tile.page_constants(page, 1),
         )  # fmt: skip
     return k, v

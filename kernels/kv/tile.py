@@ -179,6 +179,10 @@ def keys5(x, high, piece: tl.constexpr, mask, W: tl.constexpr, T: tl.constexpr, 
     high = tl.broadcast_to(high[:, :, :, None, :], (W, T, 4, 4, U // 4))
     if PTX:
         low = keys4(x, piece, mask, PTX).reshape(W, T, 4, 4, U // 4)
+        if U == 4:
+            # the two values of an instruction are of two quarters, whose bits lie at different places
+            high = high >> shift
+            shift = tl.zeros_like(shift)
         if piece == 0:
             k = _fifth(_FIFTH_0, low, high, shift)
         elif piece == 1:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.common.device import dot, round_to
+from qplugins.kernels.common.device import after_previous, dependent_launch, dot, round_to
 from qplugins.kernels.kv.page import Page, _pow2
 from qplugins.kernels.kv.ref import MEAN_TOKENS
 from qplugins.kernels.kv.rotation import block
@@ -216,9 +216,10 @@ def write_few_kernel(
     HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ref.write for a few tokens of each sequence. Program (b, z, i): TOKENS x HEADS rows of sequence b, keys (z = 0) or values, block i of heads."""
+    after_previous(PDL)
     b = tl.program_id(0)
     row = tl.arange(0, TOKENS * HEADS)
     token = row // HEADS
@@ -267,33 +268,14 @@ def write_few_kernel(
             KC, KU, K_G, K_N, K_WIDE, HIGH_G, HIGH_N, HIGH_WIDE, CODES_K, HIGH_K, SCALES_K, ROW_SCALES, ROWS_K,
         )  # fmt: skip
     else:
-        d = tl.arange(0, DVP)
-        x = tl.load(
-            v + index[:, None] * stride_v + head[:, None] * stride_vh + d[None, :], mask=here[:, None] & (d < DV)[None, :], other=0.0
+        dv = tl.arange(0, DVP)  # names of their own: Triton wants one shape for a name in both branches
+        xv = tl.load(
+            v + index[:, None] * stride_v + head[:, None] * stride_vh + dv[None, :], mask=here[:, None] & (dv < DV)[None, :], other=0.0
         )
         _put_values(
-            x,
-            page,
-            position,
-            stored,
-            sink,
-            tl.arange(0, VCP),
-            P,
-            DV,
-            DVP,
-            VB,
-            S,
-            ROTATE,
-            BLOCK_V,
-            VC,
-            V_G,
-            V_N,
-            V_WIDE,
-            CODES_V,
-            SCALES_V,
-            ROW_SCALES,
-            ROWS_V,
-        )
+            xv, page, position, stored, sink, tl.arange(0, VCP),
+            P, DV, DVP, VB, S, ROTATE, BLOCK_V, VC, V_G, V_N, V_WIDE, CODES_V, SCALES_V, ROW_SCALES, ROWS_V,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -325,6 +307,16 @@ def _mean_of_sum(
     mean = tl.sum(total[:, None] * sign, 0) / tl.maximum(count, 1).to(tl.float32)
     mean = tl.where((column < C) & (to < D), tl.minimum(tl.maximum(mean, -65504.0), 65504.0), 0.0)
     return mean.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _later(i, x):
+    """0, which the compiler does not know where x is float32: signs made from it stay in the loop over i. Made once, as for 16-bit x, all of them
+    together would not fit into shared memory at a head_dim of 256."""
+    if x.dtype == tl.float32:
+        return tl.minimum(i, 0)
+    else:
+        return 0
 
 
 @triton.jit
@@ -417,22 +409,23 @@ def write_kernel(
             x = tl.load(
                 keys + (token + t).to(tl.int64)[:, None] * stride_k + d[None, :], mask=stored[:, None] & (d < D)[None, :], other=0.0
             )
+            columns = column + _later(i, x)
             _put_keys(
-                x, page, position, stored, stored & (position < S), m0, m1, m2, m3, column, P, D, DP, KB, S, ROTATE, BLOCK_K,
+                x, page, position, stored, stored & (position < S), m0, m1, m2, m3, columns, P, D, DP, KB, S, ROTATE, BLOCK_K,
                 KC, KU, K_G, K_N, K_WIDE, HIGH_G, HIGH_N, HIGH_WIDE, CODES_K, HIGH_K, SCALES_K, ROW_SCALES, ROWS_K,
             )  # fmt: skip
     else:
-        d = tl.arange(0, DVP)
+        dv = tl.arange(0, DVP)  # names of their own: Triton wants one shape for a name in both branches
         for i in range(0, end - begin, BLOCK_T):
             t = i + tl.arange(0, BLOCK_T)
             position = begin + t
             slot = tl.load(slot_mapping + token + t, mask=position < end, other=-1).to(tl.int64)
             stored = slot >= 0
             page = pages + tl.where(stored, slot // P, 0) * stride_p + head * stride_ph
-            at = v + head * stride_vh + (token + t).to(tl.int64)[:, None] * stride_v + d[None, :]
-            x = tl.load(at, mask=stored[:, None] & (d < DV)[None, :], other=0.0)
+            at = v + head * stride_vh + (token + t).to(tl.int64)[:, None] * stride_v + dv[None, :]
+            xv = tl.load(at, mask=stored[:, None] & (dv < DV)[None, :], other=0.0)
             _put_values(
-                x, page, position, stored, stored & (position < S), tl.arange(0, VCP), P, DV, DVP, VB, S, ROTATE, BLOCK_V,
+                xv, page, position, stored, stored & (position < S), tl.arange(0, VCP) + _later(i, xv), P, DV, DVP, VB, S, ROTATE, BLOCK_V,
                 VC, V_G, V_N, V_WIDE, CODES_V, SCALES_V, ROW_SCALES, ROWS_V,
             )  # fmt: skip
 
@@ -477,8 +470,8 @@ def write(
         heads_each = min(_pow2(heads), max(1, 16 // tokens))
         tokens = max(tokens, 16 // heads_each)
         write_few_kernel[(batch, 2, triton.cdiv(heads, heads_each))](
-            *tensors, heads, *strides, TOKENS=tokens, HEADS=heads_each, num_warps=4, num_stages=1, **page_constants(page)
-        )
+            *tensors, heads, *strides, TOKENS=tokens, HEADS=heads_each, num_warps=4, num_stages=1, **page_constants(page), **dependent_launch(),
+        )  # fmt: skip
     else:
         grid = (touched_pages(slot_mapping.shape[0], batch, page.page_size), heads, 2)
         write_kernel[grid](

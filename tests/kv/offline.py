@@ -54,7 +54,7 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
         args |= {"B": "i32", **strides("q qh p ph bt o oh lse"), "scale": "fp32", "soft_cap": "fp32"}
         constants = {
             "GROUP": group, "WINDOW": 0, "SOFT_CAP": False, "HAS_LSE": True, "HAS_SINK": False, "MIN_PAGES": 1, "W": runs, "T": page.page_size // runs,
-            "N": n, "BB": 32, "CB": 64, "PTX": ptx,
+            "N": n, "BB": 32, "CB": 64, "PTX": ptx, "PDL": target == "sm_90",
         }  # fmt: skip
         return compile_for(target, decode.decode_kernel, args, constants | rows | tile.page_constants(page, runs), runs, launch.stages)
     if kernel == "prefill":
@@ -84,13 +84,13 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
             **strides("p ph bt k kh v vh"),
         }
         return compile_for(
-            target, gather.gather_kernel, args, {"BB": 32, "PTX": ptx} | rows | tile.page_constants(page, 1), gather.WARPS, 1
+            target, gather.gather_kernel, args, {"BB": 32, "PTX": ptx} | rows | tile.page_constants(page, 1), gather.warps_of(page), 1
         )
-    args = {"k": "*bf16", "v": "*bf16", "pages": "*u8", "slot_mapping": "*i64", **meta, **strides("k kh v vh p ph bt")}
+    dtype = "*fp32" if kernel == "write_float32" else "*bf16"
+    args = {"k": dtype, "v": dtype, "pages": "*u8", "slot_mapping": "*i64", **meta, **strides("k kh v vh p ph bt")}
     if kernel == "write_few":
-        return compile_for(
-            target, write.write_few_kernel, args | {"heads": "i32"}, {"TOKENS": 2, "HEADS": 8} | write.page_constants(page), 4, 1
-        )
+        constants = {"TOKENS": 2, "HEADS": 8, "PDL": target == "sm_90"}
+        return compile_for(target, write.write_few_kernel, args | {"heads": "i32"}, constants | write.page_constants(page), 4, 1)
     return compile_for(
         target, write.write_kernel, args | {"B": "i32"}, {"ENOUGH": 16, "BLOCK_T": 64, "BB": 32} | write.page_constants(page), 8, 1
     )
