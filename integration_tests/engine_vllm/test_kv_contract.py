@@ -406,29 +406,13 @@ def test_metadata_asks_the_device_nothing(world, tiny_llama):
     assert (built.prefill.tokens, built.prefill.max_query_len, built.prefill.max_context_len) == (399, 399, 501)
 
 
-def test_slices_of_a_context_cover_it_once(world, tiny_llama, monkeypatch):
-    from qplugins.vllm import attention
-
-    monkeypatch.setattr(attention, "GATHER_TOKENS", 1024)
-    e = Engine(tiny_llama, "int4_sink")
-    contexts = torch.tensor([0, 700, 3000, 129], dtype=torch.int32)
-    seen = torch.zeros(4, 3000, dtype=torch.int32)
-    for part in e.builder._slices(contexts):
-        assert part.total <= 1024 and part.total == int(part.cu_lens[-1])
-        for b, (start, n) in enumerate(zip(part.starts.tolist(), (part.cu_lens[1:] - part.cu_lens[:-1]).tolist(), strict=True)):
-            assert start % 128 == 0 and n <= part.longest
-            seen[b, start : start + n] += 1
-    assert all((seen[b, :n] == 1).all() and (seen[b, n:] == 0).all() for b, n in enumerate(contexts.tolist()))
-
-
 def test_gathered_slices_give_what_pages_give(world, tiny_llama, monkeypatch):
-    """The way of long chunks on a GPU, here over the reference: slices of the context as plain values, merged one after the other."""
-    from qplugins.vllm import attention
+    """Slices of the context as plain values, merged one after the other, against attention to pages, which layers with windows have."""
+    from qplugins.kv import context
 
-    monkeypatch.setattr(attention, "GATHER_QUERY_LEN", 16)
-    monkeypatch.setattr(attention, "GATHER_TOKENS", 256)
+    monkeypatch.setattr(context, "TOKENS", 256)
     plain, gathered = (Engine(tiny_llama, "int4_sink") for _ in range(2))
-    gathered.builder.gathers = gathered.layer.impl.gathers = True
+    plain.builder.gathers = plain.layer.impl.gathers = False
     steps = [{"a": qkv(500, 1)}, {"b": qkv(300, 2)}, {"a": qkv(100, 3), "b": qkv(120, 4), "c": qkv(130, 5)}]
     for new in steps:
         want, got = plain.step(new), gathered.step(new)

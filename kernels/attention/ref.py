@@ -10,6 +10,8 @@ Visible are t <= i, and with a window w only the last w of them: i - w < t. k an
 before and the output after; q.k and the sum do not change by it.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,30 @@ def attend(
     weights = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     out = (weights.flatten(1, 2) @ v.to(torch.float32).transpose(0, 1)).unflatten(1, (group, -1))
     return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
+
+
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float, window: int = 0, soft_cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """q [tokens, HQ, D] of sequences that cu_q [B + 1] tells apart, over plain k and v told apart by cu_k: out in q's dtype, lse float32 [tokens, HQ].
+
+    causal  a sequence's queries are its last tokens, all of them keys too; otherwise each query sees every key of its sequence
+    window  tokens that a query sees, itself included; 0: all
+    """
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=q.dtype)
+    lse = torch.full(q.shape[:2], -torch.inf)
+    step = 256  # rows at once: scores of long prompts would not fit in memory
+    for (a, b), (start, stop) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        for i in range(a, b, step):
+            j = min(b, i + step)
+            row = torch.arange(i - a, j - a)[:, None]
+            column = torch.arange(j - a if causal else stop - start)[None, :]
+            visible = column <= row if causal else torch.ones(len(row), column.shape[1], dtype=torch.bool)
+            if window:
+                visible = visible & (column > row - window)
+            end = start + column.shape[1]
+            out[i:j], lse[i:j] = attend(q[i:j], k[start:end], v[start:end], visible, scale, soft_cap)
+    return out, lse
 
 
 def _over_pages(

@@ -2,11 +2,12 @@
 
 decode    the new token is written into its page, then attended to with all others: `decode`.
 extend    the chunk's tokens are written, and attend to each other by their own keys and values, as they came, through SGLang's
-          FlashAttention. What was cached before the chunk, a shared prefix or an earlier chunk, is read from pages: `prefill`. Both are
-          merged by their log-sum-exp.
+          FlashAttention. What was cached before the chunk, a shared prefix or an earlier chunk, is gathered from pages for it too, or
+          attended to in pages where it has a window: `prefill`. Both are merged by their log-sum-exp.
 """
 
 import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ from sglang.srt.layers.radix_attention import AttentionType
 from torch import Tensor
 
 from qplugins.kernels.attention.op import decode, decode_workspace, merge, prefill
-from qplugins.kernels.attention.ref import attend
+from qplugins.kernels.attention.ref import varlen
 from qplugins.kernels.kv.op import write
 from qplugins.kernels.kv.page import Page
+from qplugins.kv import context
 from qplugins.sglang import compat
 from qplugins.sglang.kv import PagePool, Unsupported
 
@@ -30,6 +32,7 @@ class Metadata:
 
     seq_lens      tokens of each sequence, those of this pass included
     context_lens  those before it; None in decode, and where there are none
+    slices        of those, to be gathered
     num_tokens    of this pass, without padding
     """
 
@@ -40,6 +43,7 @@ class Metadata:
     max_seq_len: int
     num_tokens: int
     context_lens: Tensor | None = None
+    slices: Sequence[context.Slice] = ()
 
 
 class PageAttention(AttentionBackend):
@@ -95,8 +99,11 @@ class PageAttention(AttentionBackend):
             return
         lens = forward_batch.extend_seq_lens_cpu
         start = torch.nn.functional.pad(forward_batch.extend_seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
-        context = forward_batch.extend_prefix_lens.to(torch.int32) if any(forward_batch.extend_prefix_lens_cpu) else None
-        self.metadata = Metadata(table, start, seq_lens, max(lens), max_seq_len, sum(lens), context)
+        self.metadata = Metadata(table, start, seq_lens, max(lens), max_seq_len, sum(lens))
+        if any(forward_batch.extend_prefix_lens_cpu):
+            self.metadata.context_lens = forward_batch.extend_prefix_lens.to(torch.int32)
+            cached = torch.tensor(forward_batch.extend_prefix_lens_cpu, dtype=torch.int32)
+            self.metadata.slices = context.slices(self.metadata.context_lens, cached, self.page_size)
 
     # ---- CUDA graphs, of decode: a graph reads these tensors, and each replay fills them before
 
@@ -151,21 +158,30 @@ class PageAttention(AttentionBackend):
         return out.flatten(1)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None, **kwargs) -> Tensor:
-        if sinks is not None:
-            raise Unsupported(
-                f"layer {layer.layer_id}: attention with learned sinks does not work with KV pages in SGLang yet; use fp8_e4m3"
-            )
         q, k, v = _heads(q, k, v, layer)
         m, (pages, page) = self.metadata, self._store(k, v, layer, forward_batch.out_cache_loc, save_kv_cache)
-        n = m.num_tokens
-        out, lse = self.chunk(q[:n], k[:n], v[:n], m.query_start_loc, m.max_query_len, layer.scaling, **_scores(layer))
+        n, start, longest = m.num_tokens, m.query_start_loc, m.max_query_len
+        out, lse = self.chunk(q[:n], k[:n], v[:n], start, start, longest, longest, True, layer.scaling, **_scores(layer))
         if m.context_lens is not None:
-            shape = dict(max_query_len=m.max_query_len, scale=layer.scaling, **_scores(layer))
-            cached, cached_lse = prefill(q[:n], pages, m.block_table, m.context_lens, m.query_start_loc, page, **shape)
-            out, _ = merge(out, lse, cached, cached_lse)
+            for part in self._cached(q[:n], pages, page, layer):
+                out, lse = merge(out, lse, *part)
+        if sinks is not None:
+            out = context.with_sink_logits(out, lse, sinks)
         if n < q.shape[0]:
             out = torch.cat([out, out.new_zeros(q.shape[0] - n, *out.shape[1:])])
         return out.flatten(1)
+
+    def _cached(self, q: Tensor, pages: Tensor, page: Page, layer) -> Iterable[tuple[Tensor, Tensor]]:
+        """Attention of the chunks to what was cached before them, in one or several parts: out [tokens, heads, D], lse [tokens, heads]."""
+        m, scores = self.metadata, _scores(layer)
+        if scores["window"]:  # few pages are read
+            shape = dict(max_query_len=m.max_query_len, scale=layer.scaling, **scores)
+            return [prefill(q, pages, m.block_table, m.context_lens, m.query_start_loc, page, **shape)]
+
+        def flash(k: Tensor, v: Tensor, part: context.Slice) -> tuple[Tensor, Tensor]:
+            return self.chunk(q, k, v, m.query_start_loc, part.cu_lens, m.max_query_len, part.longest, False, layer.scaling, **scores)
+
+        return context.attend(flash, pages, m.block_table, m.slices, page, q.dtype)
 
 
 def _heads(q: Tensor, k: Tensor | None, v: Tensor | None, layer) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -182,48 +198,43 @@ def _scores(layer) -> dict:
     return dict(window=window + 1 if window is not None and window >= 0 else 0, soft_cap=layer.logit_cap or 0.0)
 
 
-def _chunk_flash(flash):
-    def chunk(q, k, v, query_start_loc, max_query_len, scale, window, soft_cap) -> tuple[Tensor, Tensor]:
-        found = flash(
+# ---- attention over plain keys and values: ref.varlen is what each of them computes. max_q, max_k: the longest sequence's
+
+
+def _chunk_flash(flash) -> Callable[..., tuple[Tensor, Tensor]]:
+    def chunk(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, window, soft_cap) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = flash(
             q=q.contiguous(),
             k=k.contiguous(),
             v=v.contiguous(),
-            cu_seqlens_q=query_start_loc,
-            cu_seqlens_k=query_start_loc,
-            max_seqlen_q=max_query_len,
-            max_seqlen_k=max_query_len,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=max_q,
+            max_seqlen_k=max_k,
             softmax_scale=scale,
-            causal=True,
+            causal=causal,
             window_size=(window - 1, 0) if window else (-1, -1),
             softcap=soft_cap,
             return_softmax_lse=True,
         )
-        return found[0], found[1].T
+        return out, _of_no_keys(lse, causal)
 
     return chunk
 
 
-def _chunk_torch(q, k, v, query_start_loc, max_query_len, scale, window, soft_cap) -> tuple[Tensor, Tensor]:
+def _chunk_torch(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, window, soft_cap) -> tuple[Tensor, Tensor]:
     """The FlashAttention that every CUDA build of PyTorch has."""
     if soft_cap:
         raise Unsupported("this model caps its attention scores, which needs SGLang's FlashAttention 3, and it is not there; use fp8_e4m3")
     sides = dict(window_size_left=window - 1, window_size_right=0) if window else {}
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, query_start_loc, query_start_loc, max_query_len, max_query_len, 0.0, True, False, scale=scale, **sides
-    )
-    return out, lse.T
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale, **sides)
+    return out, _of_no_keys(lse, causal)
 
 
-def _chunk_reference(q, k, v, query_start_loc, max_query_len, scale, window, soft_cap) -> tuple[Tensor, Tensor]:
-    """Causal attention within each sequence: out [T, HQ, DV] and lse [T, HQ]."""
-    outs, lses = [], []
-    cu = query_start_loc.tolist()
-    for start, stop in zip(cu, cu[1:], strict=False):
-        i = torch.arange(stop - start)
-        visible = i[None, :] <= i[:, None]
-        if window:
-            visible &= i[None, :] > i[:, None] - window
-        out, lse = attend(q[start:stop], k[start:stop], v[start:stop], visible, scale, soft_cap)
-        outs.append(out.to(q.dtype))
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+def _of_no_keys(lse: Tensor, causal: bool) -> Tensor:
+    """lse [heads, tokens] -> [tokens, heads], -inf for a sequence without keys, which FlashAttention calls infinity."""
+    return (lse if causal else lse.masked_fill(lse == torch.inf, -torch.inf)).T
+
+
+def _chunk_reference(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, window, soft_cap) -> tuple[Tensor, Tensor]:
+    return varlen(q, k, v, cu_q, cu_k, causal, scale, window, soft_cap)

@@ -13,7 +13,6 @@ vLLM picks a backend class before it knows the layer. Once a model is loaded, ea
 
 import functools
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -37,27 +36,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from qplugins.kernels.attention import ref
 from qplugins.kernels.attention.op import MAX_QUERY_LEN, decode, decode_workspace, merge, prefill
-from qplugins.kernels.kv.op import gather, write
+from qplugins.kernels.kv.op import write
 from qplugins.kernels.kv.page import Page
-from qplugins.kv import KV_LAYOUTS
+from qplugins.kv import KV_LAYOUTS, context
 from qplugins.vllm import kv
 
 logger = init_logger("vllm.qplugins")
-
-# A chunk of at least so many tokens reads its cached context as 16-bit values, a slice at a time, and attends to it with FlashAttention;
-# a shorter one reads the pages as it attends. Gathering costs the same for 1 token as for 4,096.
-GATHER_QUERY_LEN = 512
-GATHER_TOKENS = 32768  # of a slice, all sequences together: 134 MB of keys and values at 8 heads of 128
-
-
-@dataclass
-class Slice:
-    """A part of every sequence's cached tokens. starts int32 [B]; cu_lens int32 [B + 1]; total, longest: on the host."""
-
-    starts: Tensor
-    cu_lens: Tensor
-    total: int
-    longest: int
 
 
 @dataclass
@@ -73,7 +57,7 @@ class Prefill:
     tokens: int
     max_query_len: int
     max_context_len: int
-    slices: list[Slice]
+    slices: list[context.Slice]
 
 
 @dataclass
@@ -190,30 +174,16 @@ class PagedBuilder(AttentionMetadataBuilder[PagedMetadata]):
         contexts = (seq_lens[decodes : m.num_reqs] - query_lens).clamp_(min=0)
         query_start_loc = m.query_start_loc[decodes:] - decode_tokens
         longest = int(contexts.max())
-        max_query_len = int(query_lens.max())
+        context_lens = m.seq_lens[decodes:] - (query_start_loc[1:] - query_start_loc[:-1])
         return Prefill(
             query_start_loc,
             m.block_table_tensor[decodes:],
-            m.seq_lens[decodes:] - (query_start_loc[1:] - query_start_loc[:-1]),
+            context_lens,
             int(starts[-1]) - decode_tokens,
-            max_query_len,
+            int(query_lens.max()),
             longest,
-            self._slices(contexts) if self.gathers and longest and max_query_len >= GATHER_QUERY_LEN else [],
+            context.slices(context_lens, contexts, self.page.page_size) if self.gathers and longest else [],
         )
-
-    def _slices(self, contexts: Tensor) -> list[Slice]:
-        """contexts: int32 [B] on the host, cut into slices of at most GATHER_TOKENS tokens together, whole pages each."""
-        share = max(1, GATHER_TOKENS // (max(1, int((contexts > 0).sum())) * self.page.page_size)) * self.page.page_size
-        found = []
-        for start in range(0, int(contexts.max()), share):
-            lens = (contexts - start).clamp(0, share)
-            cu_lens = torch.zeros(len(lens) + 1, dtype=torch.int32)
-            torch.cumsum(lens, 0, out=cu_lens[1:])
-            starts = torch.full((len(lens),), start, dtype=torch.int32, device=self.device)
-            if self.device.type != "cpu":
-                cu_lens = cu_lens.pin_memory()
-            found.append(Slice(starts, cu_lens.to(self.device, non_blocking=True), int(cu_lens[-1]), int(lens.max())))
-        return found
 
 
 class PagedImpl(AttentionImpl[PagedMetadata]):
@@ -242,7 +212,7 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         self.window, self.soft_cap, self.sinks = sliding_window or 0, logits_soft_cap or 0.0, sinks
         self.page: Page | None = None
         self.raw = chunk_attention(self)
-        self.gathers = self.raw is not torch_chunk and not self.window
+        self.gathers = not self.window  # reads its context back for `raw`; with a window it attends to pages, of which few are read
         if why := self.refuses(alibi_slopes, attn_type, kv_sharing_target_layer_name, {k: v for k, v in unknown.items() if v is not None}):
             raise ValueError(f"--kv-cache-dtype {kv_cache_dtype}: {why}; leave --kv-cache-dtype out")
         kv.layout(self.vllm_config, kv_cache_dtype).page(head_size, kv.page_size(self.vllm_config))
@@ -327,14 +297,14 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
             q, k, v = query[rows], key[rows], value[rows]
             out, lse = self.raw(self, q, k, v, p.query_start_loc, p.query_start_loc, p.max_query_len, p.max_query_len, True)
             if p.max_context_len:
-                for part in self.context(q, pages, p):
+                for part in self.cached(q, pages, p):
                     out, lse = merge(out, lse, *part)
             if self.sinks is not None:
-                out = with_sink_logits(out, lse, self.sinks)
+                out = context.with_sink_logits(out, lse, self.sinks)
             output[rows] = out
         return output
 
-    def context(self, q: Tensor, pages: Tensor, p: Prefill):
+    def cached(self, q: Tensor, pages: Tensor, p: Prefill):
         """Attention of the chunks to what was cached before them, in one or several parts: out [tokens, heads, D], lse [tokens, heads]."""
         if not (p.slices and self.gathers):
             yield prefill(
@@ -350,9 +320,11 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
                 soft_cap=self.soft_cap,
             )
             return
-        for part in p.slices:
-            k, v = gather(pages, p.block_table, part.starts, part.cu_lens, part.total, self.page, q.dtype)
-            yield self.raw(self, q, k, v, p.query_start_loc, part.cu_lens, p.max_query_len, part.longest, False)
+
+        def flash(k: Tensor, v: Tensor, part: context.Slice) -> tuple[Tensor, Tensor]:
+            return self.raw(self, q, k, v, p.query_start_loc, part.cu_lens, p.max_query_len, part.longest, False)
+
+        yield from context.attend(flash, pages, p.block_table, p.slices, self.page, q.dtype)
 
     def measure(self, query: Tensor) -> None:
         """Takes and leaves the memory of a chunk with a long context, so that vLLM's measurement of its peak has it."""
@@ -360,7 +332,7 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
             return
         sizes = [3 * query.numel() * query.element_size()]
         if self.gathers:
-            sizes.append(2 * GATHER_TOKENS * self.num_kv_heads * self.head_size * query.element_size())
+            sizes.append(2 * context.TOKENS * self.num_kv_heads * self.head_size * query.element_size())
         held = [torch.empty(n, dtype=torch.uint8, device=query.device) for n in sizes]
         del held
 
@@ -380,26 +352,8 @@ def chunk_attention(impl: PagedImpl):
 def torch_chunk(
     impl: PagedImpl, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """q [tokens, heads, D] of sequences that cu_q [B + 1] tells apart, over k and v told apart by cu_k: out, lse float32 [tokens, heads]."""
-    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=q.dtype)
-    lse = torch.full(q.shape[:2], -torch.inf)
-    step = 256  # rows at once: scores of long prompts would not fit in memory
-    for (a, b), (start, stop) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
-        for i in range(a, b, step):
-            j = min(b, i + step)
-            row = torch.arange(i - a, j - a)[:, None]
-            column = torch.arange(stop - start if not causal else j - a)[None, :]
-            visible = column <= row if causal else torch.ones(len(row), column.shape[1], dtype=torch.bool)
-            if impl.window:
-                visible = visible & (column > row - impl.window)
-            end = start + column.shape[1]
-            out[i:j], lse[i:j] = ref.attend(q[i:j], k[start:end], v[start:end], visible, impl.scale, impl.soft_cap)
-    return out, lse
-
-
-def with_sink_logits(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """out and lse of a softmax -> out of the softmax that has one more logit a head, whose value is zero."""
-    return out * torch.sigmoid(lse - sinks.to(torch.float32))[..., None].to(out.dtype)
+    """q [tokens, heads, D] over k and v: see ref.varlen. max_q, max_k: the longest sequence's."""
+    return ref.varlen(q, k, v, cu_q, cu_k, causal, impl.scale, impl.window, impl.soft_cap)
 
 
 # ---- the decode kernel's workspace: one a device, for all layers in turn
