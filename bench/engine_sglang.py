@@ -5,6 +5,9 @@
 The model has the shape of an 8B one in half of its layers (16, hidden 4096, 32 heads, 8 KV heads of 128) and random weights, so that
 nothing has to be downloaded; its text means nothing. One server for each KV dtype, otherwise as SGLang runs by itself. A request's prompt
 is sent once to fill the cache, then again for 1 and for 1 + N output tokens: the difference, over N, is the time of an output token.
+
+--together starts all servers at the same time, where they fit the GPU side by side, each with room for the largest shape's tokens, and measures
+one after the other while the rest are idle.
 """
 
 import argparse
@@ -16,6 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +55,21 @@ def tokens_that_fit(server: SglangServer) -> int:
     return int(re.search(r"max_total_num_tokens=(\d+)", server.log)[1])
 
 
+def tokens_per_gib(server: SglangServer) -> int:
+    """Of the KV cache's memory, by what the log says of it."""
+    tokens, sizes = re.search(r"KV Cache is allocated.*#tokens: (\d+), (.*)", server.log).groups()
+    return round(int(tokens) / sum(map(float, re.findall(r"size: ([\d.]+) GB", sizes))))
+
+
+def measure(server: SglangServer, about: dict) -> dict:
+    row = about | dict(tokens=tokens_that_fit(server), tokens_per_gib=tokens_per_gib(server))
+    for batch, length in SHAPES:
+        times = output_token_ms(server, batch, length)
+        row[f"{batch}x{length}_ms"] = round(statistics.median(times), 3)
+        row[f"{batch}x{length}_all"] = [round(t, 3) for t in times]
+    return row
+
+
 def output_token_ms(server: SglangServer, batch: int, length: int, repeats: int = 3) -> list[float]:
     rng = random.Random(0)
     prompts = [[rng.randrange(1000, VOCABULARY) for _ in range(length)] for _ in range(batch)]
@@ -71,31 +91,36 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", default=["auto", "fp8_e4m3", "int4_sink"])
     parser.add_argument("--attention-backend", help="for SGLang's own KV dtypes, where its first choice is not installed")
+    parser.add_argument("--together", action="store_true", help="start all servers at once, and measure one after the other")
     parser.add_argument("--server-args", default="", help="further arguments of launch_server, in one string")
     options = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
+        # the threads that start servers have to outlive them: a server ends with the thread that started it
+        threads = stack.enter_context(ThreadPoolExecutor())
         folder = model(Path(work) / "model")
+        most = max(batch * (length + OUTPUT_TOKENS + 256) for batch, length in SHAPES) if options.together else None
+        servers = []
         for dtype in options.only:
             own = ["--attention-backend", options.attention_backend] if options.attention_backend and dtype in ("auto", "fp8_e4m3") else []
             args = ["--load-format", "dummy", *own, *options.server_args.split()]
-            with SglangServer(
+            server = SglangServer(
                 folder,
                 kv_cache_dtype=dtype,
                 dtype="bfloat16",
                 context_length=40960,
-                max_total_tokens=None,
+                max_total_tokens=most,
                 max_running=32,
                 args=args,
                 timeout=500,
-            ) as server:
-                row = dict(kv_cache_dtype=dtype, attention=own[1] if own else "by itself", tokens=tokens_that_fit(server))
-                for batch, length in SHAPES:
-                    times = output_token_ms(server, batch, length)
-                    row[f"{batch}x{length}_ms"] = round(statistics.median(times), 3)
-                    row[f"{batch}x{length}_all"] = [round(t, 3) for t in times]
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            )
+            servers.append((server, dict(kv_cache_dtype=dtype, attention=own[1] if own else "by itself")))
+        if options.together:
+            list(threads.map(lambda s: stack.enter_context(s[0]), servers))
+        for server, about in servers:
+            with nullcontext() if options.together else server:
+                rows.append(measure(server, about))
+            print(json.dumps(rows[-1]), flush=True)
     if options.out:
         from sglang.version import __version__
 

@@ -7,18 +7,25 @@ nothing. One process for each configuration, otherwise vLLM as it runs by itself
 which gives the prompts' time, then from the prefix cache for 1 and for 1 + N output tokens: the difference, over N, is the time of an output
 token. A configuration that fails, or takes longer than --timeout, is a row that says why.
 
+--together starts all configurations at the same time, where they fit the GPU side by side, and measures one after the other while the rest are
+idle: starting takes longer than measuring. Each then gets as much memory for its KV cache as the largest shape takes.
+
 weights: bf16; nvfp4, vLLM's own choice of a kernel for a weight-only NVFP4 checkpoint; nvfp4-humming, the kernel by that name; or a
 --quantization of ours that quantizes while loading, such as qplugins-nvfp4. lm_head has 16 bits in all of them.
 """
 
 import argparse
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +38,7 @@ WEIGHTS = ("bf16", "nvfp4", "nvfp4-humming", "qplugins-nvfp4")
 SHAPES = ((16, 8192), (8, 32768))
 OUTPUT_TOKENS = 96
 REPEATS = 3
-MARK = "ROW "
+MARK, READY = "ROW ", "READY"
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -78,8 +85,21 @@ def model(folder: Path, weights: str) -> tuple[str, dict]:
     return str(folder), {"kernel_config": {"linear_backend": "humming"}} if weights == "nvfp4-humming" else {}
 
 
-def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: dict) -> dict:
-    """A row of one configuration, measured in this process."""
+def kv_bytes(kv_cache_dtype: str, shapes: list[tuple[int, int]]) -> int:
+    """Enough for the largest of the shapes, and some pages a sequence more."""
+    from qplugins.kv import KV_LAYOUTS
+
+    size = LLAMA["head_dim"]
+    others = {"auto": 4 * size, "fp8": 2 * size, "int4_per_token_head": size + 8}
+    layout = KV_LAYOUTS.get(kv_cache_dtype)
+    token = (
+        LLAMA["num_hidden_layers"] * LLAMA["num_key_value_heads"] * (layout.token_bytes(size, size) if layout else others[kv_cache_dtype])
+    )
+    return int(token * max(batch * (length + 2 * OUTPUT_TOKENS + 256) for batch, length in shapes))
+
+
+def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool) -> dict:
+    """A row of one configuration, measured in this process. together: once it is told to, by a line on its standard input."""
     import torch
     from vllm import LLM, SamplingParams, __version__
 
@@ -94,6 +114,8 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
             "gpu_memory_utilization": 0.85,
             "compilation_config": {"cudagraph_capture_sizes": sizes},
         }
+        if together:
+            options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": kv_bytes(kv_cache_dtype, shapes)}
         llm = LLM(path, kv_cache_dtype=kv_cache_dtype, load_format="dummy", skip_tokenizer_init=True, **options | arguments | more)
     row = {
         "kv": kv_cache_dtype,
@@ -101,7 +123,12 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
         "vllm": __version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
-    row |= {"tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens, "start_s": round(time.perf_counter() - started, 1)}
+    cache = llm.llm_engine.vllm_config.cache_config
+    row |= {"tokens": cache.kv_cache_size_tokens, "start_s": round(time.perf_counter() - started, 1)}
+    if together:
+        row["tokens_per_gib"] = round(row["tokens"] * 2**30 / cache.kv_cache_memory_bytes)
+        print(READY, flush=True)
+        sys.stdin.readline()
     rng = random.Random(0)
 
     def seconds(prompts: list[list[int]], new: int) -> float:
@@ -110,7 +137,8 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
         llm.generate([{"prompt_token_ids": p} for p in prompts], ask, use_tqdm=False)
         return time.perf_counter() - start
 
-    seconds([[rng.randrange(1000, 128000) for _ in range(9000)]], 8)  # kernels are compiled at their first use
+    # kernels are compiled at their first use
+    seconds([[rng.randrange(1000, 128000) for _ in range(min(9000, options["max_model_len"] - 8))]], 8)
     for batch, length in shapes:
         name = f"{batch}x{length}"
         if row["tokens"] and row["tokens"] < batch * (length + OUTPUT_TOKENS + 1):
@@ -125,21 +153,62 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
     return row
 
 
-def in_a_process(kv: str, weights: str, shapes: list[tuple[int, int]], more: dict, timeout: float) -> dict:
-    command = [sys.executable, __file__, "--one", json.dumps([kv, weights, shapes, more])]
-    failed = {"kv": kv, "weights": weights}
-    with tempfile.TemporaryFile("w+") as log:
+class Process:
+    """One configuration, measured in a process of its own. Used as a context: it is gone afterwards."""
+
+    def __init__(self, kv: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool) -> None:
+        self.about, self.log = {"kv": kv, "weights": weights}, tempfile.NamedTemporaryFile("w+")
+        command = [sys.executable, __file__, "--one", json.dumps([kv, weights, shapes, more, together])]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with vLLM's own processes
+        self.process.wait()
+        self.log.close()
+
+    def lines(self) -> list[str]:
+        return Path(self.log.name).read_text(errors="replace").splitlines()
+
+    def started(self) -> bool:
+        """Whether it waits to be told to measure, or never will."""
+        return self.process.poll() is not None or READY in self.lines()
+
+    def row(self, timeout: float) -> dict:
+        """Tells it to measure; what it measured, or why it did not."""
         try:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=False)
+            self.process.communicate("go\n", timeout=timeout)
         except subprocess.TimeoutExpired:
-            return failed | {"note": f"took longer than {timeout:.0f} s"}
-        log.seek(0)
-        lines = log.read().splitlines()
-    rows = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
-    if rows:
-        return json.loads(rows[-1])
-    errors = [line.strip() for line in lines if "Error" in line and "root cause" not in line] or lines[-1:] or ["no output"]
-    return failed | {"note": errors[-1][-400:], "first_error": errors[0][-400:]}
+            return self.about | {"note": f"took longer than {timeout:.0f} s"}
+        except BrokenPipeError:
+            self.process.wait()
+        lines = self.lines()
+        if rows := [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]:
+            return json.loads(rows[-1])
+        errors = [line.strip() for line in lines if "Error" in line and "root cause" not in line] or lines[-1:] or ["no output"]
+        return self.about | {"note": errors[-1][-400:], "first_error": errors[0][-400:]}
+
+
+def rows_of(
+    configurations: list[tuple[str, str]], shapes: list[tuple[int, int]], more: dict, timeout: float, together: bool
+) -> Iterator[dict]:
+    if not together:
+        for kv, weights in configurations:
+            with Process(kv, weights, shapes, more, together) as process:
+                yield process.row(timeout)
+        return
+    with ExitStack() as stack:
+        processes = [stack.enter_context(Process(kv, weights, shapes, more, together)) for kv, weights in configurations]
+        deadline = time.monotonic() + timeout
+        while not all(p.started() for p in processes) and time.monotonic() < deadline:
+            time.sleep(1)
+        for process in processes:
+            yield process.row(timeout)
 
 
 def main() -> None:
@@ -148,23 +217,26 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["bf16"], help=" ".join(WEIGHTS))
     parser.add_argument("--shapes", nargs="+", default=[f"{b}x{n}" for b, n in SHAPES], metavar="BATCHxTOKENS")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, JSON")
-    parser.add_argument("--timeout", type=float, default=240)
+    parser.add_argument(
+        "--timeout", type=float, default=240, help="seconds of one configuration; with --together, of all to start, and of each"
+    )
+    parser.add_argument("--together", action="store_true", help="start all configurations at once, and measure one after the other")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "engine_vllm.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        kv, weights, shapes, more = json.loads(args.one)
-        print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more)), flush=True)
+        kv, weights, shapes, more, together = json.loads(args.one)
+        print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more, together)), flush=True)
         return
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes]
+    configurations = [(kv, weights) for weights in args.weights for kv in args.kv]
     rows = []
-    for weights in args.weights:
-        for kv in args.kv:
-            rows.append(in_a_process(kv, weights, shapes, args.engine_args, args.timeout))
-            print(json.dumps(rows[-1]), flush=True)
-            # after each, so that what was measured is there when a later one takes the machine down
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"commit": commit(), "output_tokens": OUTPUT_TOKENS, "rows": rows}, indent=1) + "\n")
+    for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        # after each, so that what was measured is there when a later one takes the machine down
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"commit": commit(), "output_tokens": OUTPUT_TOKENS, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

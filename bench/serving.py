@@ -5,6 +5,8 @@
 8,192 tokens in and 256 out, random, as many requests at once as the cache holds and four times as many in all: requests a second, and the
 median and 99th percentile of the time to the first token and between tokens. The model is that of engine_vllm.py, 16 layers of Llama 3 8B's
 shape with random weights, and a vocabulary as large as that of the tokenizer at hand.
+
+--together starts all servers at the same time, where they fit the GPU side by side, and measures one after the other while the rest are idle.
 """
 
 import argparse
@@ -12,6 +14,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,26 +60,27 @@ def load(server: VllmServer, tokenizer: Path, concurrency: int, tokens_in: int, 
     return json.loads(result.read_text())
 
 
-def measure(kv: str, weights: str, options: argparse.Namespace, folder: Path) -> dict:
-    """A row of one configuration."""
-    path = model(folder, **options.shape)
-    args = ["--load-format", "dummy", "--kv-cache-dtype", kv, "--kv-cache-memory-bytes", str(options.kv_bytes), "--max-num-seqs", "256"]
-    row = {"kv": kv, "weights": weights}
-    try:
-        with VllmServer(
-            path,
-            quantization=None if weights == "bf16" else weights,
-            dtype=options.dtype,
-            max_model_len=options.tokens_in + options.tokens_out + 128,
-            compiled=not options.eager,
-            args=[*args, *options.engine_args],
-        ) as server:
-            row["tokens"] = server.kv_tokens
-            row["concurrency"] = min(256, row["tokens"] // (options.tokens_in + options.tokens_out))
-            found = load(server, path, row["concurrency"], options.tokens_in, options.tokens_out, folder / "result.json")
-    except (ServerFailed, RuntimeError, subprocess.TimeoutExpired) as e:
-        return row | {"note": str(e)[-400:]}
-    return row | {name: round(found[key], 3) for name, key in FIGURES.items()} | {"failed": found.get("failed", 0)}
+def server_of(kv: str, weights: str, options: argparse.Namespace, folder: Path) -> VllmServer:
+    args = ["--load-format", "dummy", "--kv-cache-dtype", kv, "--max-num-seqs", "256", *options.engine_args]
+    return VllmServer(
+        model(folder, **options.shape),
+        quantization=None if weights == "bf16" else weights,
+        dtype=options.dtype,
+        max_model_len=options.tokens_in + options.tokens_out + 128,
+        compiled=not options.eager,
+        kv_bytes=options.kv_bytes,
+        args=args,
+        timeout=400,
+    )
+
+
+def measure(server: VllmServer, options: argparse.Namespace, folder: Path) -> dict:
+    """What a row says of a server that runs."""
+    tokens = server.kv_tokens
+    concurrency = min(256, tokens // (options.tokens_in + options.tokens_out))
+    found = load(server, folder, concurrency, options.tokens_in, options.tokens_out, folder / "result.json")
+    figures = {name: round(found[key], 3) for name, key in FIGURES.items()}
+    return {"tokens": tokens, "concurrency": concurrency, **figures, "failed": found.get("failed", 0)}
 
 
 def main() -> None:
@@ -87,6 +92,7 @@ def main() -> None:
     parser.add_argument("--tokens-out", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--together", action="store_true", help="start all servers at once, and measure one after the other")
     parser.add_argument("--shape", type=json.loads, default={}, help="entries of the model's config to replace, JSON")
     parser.add_argument("--engine-args", nargs="*", default=[], help="further arguments of vllm serve")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "serving.json")
@@ -98,11 +104,24 @@ def main() -> None:
     about = {"device": device, "torch": torch.__version__, "vllm": __version__, "commit": commit()}
     about |= {"tokens_in": options.tokens_in, "tokens_out": options.tokens_out, "kv_bytes": options.kv_bytes}
     rows = []
-    for weights in options.weights:
-        for kv in options.kv:
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(measure(kv, weights, options, Path(folder)))
-            print(json.dumps(rows[-1]), flush=True)
+    with ExitStack() as stack:
+        # the threads that start servers have to outlive them: a server ends with the thread that started it
+        threads = stack.enter_context(ThreadPoolExecutor())
+        configurations = []
+        for weights in options.weights:
+            for kv in options.kv:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                configurations.append(({"kv": kv, "weights": weights}, folder, server_of(kv, weights, options, folder)))
+        starting = [threads.submit(stack.enter_context, server) for _, _, server in configurations] if options.together else []
+        wait(starting)
+        for i, (row, folder, server) in enumerate(configurations):
+            try:
+                with nullcontext(starting[i].result()) if options.together else server:
+                    row |= measure(server, options, folder)
+            except (ServerFailed, RuntimeError, subprocess.TimeoutExpired) as e:
+                row["note"] = str(e)[-400:]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
             # after each, so that what was measured is there when a later one takes the machine down
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
