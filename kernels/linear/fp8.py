@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qplugins.kernels.common.device import after_previous, dependent_launch
 from qplugins.kernels.decode.e4m3 import MAX
 from qplugins.kernels.linear.layout import named
 from qplugins.kernels.linear.spec import Spec
@@ -17,8 +18,9 @@ BLOCK = 8192  # columns of a row that a program holds at once
 
 
 @triton.jit
-def quantize_kernel(x, stored, q, scale, K, stride_x, STATIC: tl.constexpr, ONCE: tl.constexpr, BLOCK_K: tl.constexpr):
+def quantize_kernel(x, stored, q, scale, K, stride_x, STATIC: tl.constexpr, ONCE: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
     """One program: one row of x. ONCE: the row fits into one block, and is read once."""
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     x += row * stride_x
@@ -53,7 +55,17 @@ def quantize(x: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tensor]:
     warps = min(16, max(1, block // 512))
     static = stored is not None
     quantize_kernel[(m,)](
-        x, stored if static else x, q, scale, k, x.stride(0), STATIC=static, ONCE=k <= block, BLOCK_K=block, num_warps=warps
+        x,
+        stored if static else x,
+        q,
+        scale,
+        k,
+        x.stride(0),
+        STATIC=static,
+        ONCE=k <= block,
+        BLOCK_K=block,
+        num_warps=warps,
+        **dependent_launch(),
     )
     return q, scale
 

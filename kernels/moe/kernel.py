@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.common.device import dot
+from qplugins.kernels.common.device import after_previous, dependent_launch, dot
 from qplugins.kernels.linear import Plan, Shard
 from qplugins.kernels.linear.layout import named, tile_k
 from qplugins.kernels.linear.product import block_at, constants, leave_share, load_x, product, share_k, sum_shares
@@ -55,7 +55,7 @@ def experts_kernel(
     N, K, stride_x, stride_y, stride_scale, blocks_m, top_k, tiles_k, pairs, steps, split_k, stripe_m,
     CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UP: tl.constexpr, OUT: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr, SHARED_K: tl.constexpr,
-    PTX: tl.constexpr, HOPPER: tl.constexpr,
+    PTX: tl.constexpr, HOPPER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[c, n] = sum_k x[c // top_k, k] W[e, n, k] for the choices c of expert e. One program: BLOCK_N columns of one block of choices, and
     one of split_k shares of K.
@@ -66,6 +66,7 @@ def experts_kernel(
     row    float32 [E, N]        stride_scale  of an expert in scale and zero
     work   float32 [blocks, split_k, BLOCK_N, BLOCK_M]                     locks  int32 [blocks], zeros
     """
+    after_previous(PDL)
     dtype: tl.constexpr = x.dtype.element_ty
     program = tl.program_id(0)
     share = tl.program_id(1)
@@ -103,9 +104,10 @@ def experts_kernel(
 
 
 @triton.jit(do_not_specialize=["experts", "top_k"])
-def permute_kernel(ids, x, columns, out, experts, top_k, K, stride_x, BLOCK: tl.constexpr):
+def permute_kernel(ids, x, columns, out, experts, top_k, K, stride_x, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """out[c, k] = x[c // top_k, columns[e, k]]: what an expert whose columns are in an order of their own reads. One program: BLOCK columns
     of one choice, if an expert here has it."""
+    after_previous(PDL)
     c = tl.program_id(0).to(tl.int64)
     e = tl.load(ids + c).to(tl.int64)
     if (e < 0) | (e >= experts):
@@ -116,8 +118,9 @@ def permute_kernel(ids, x, columns, out, experts, top_k, K, stride_x, BLOCK: tl.
 
 
 @triton.jit(do_not_specialize=["experts"])
-def activate_kernel(ids, gate_up, h, experts, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def activate_kernel(ids, gate_up, h, experts, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """h[c, n] = act(gate_up[c, n]) * gate_up[c, N + n]. One program: BLOCK columns of one choice, if an expert here has it."""
+    after_previous(PDL)
     c = tl.program_id(0).to(tl.int64)
     e = tl.load(ids + c)
     if (e < 0) | (e >= experts):
@@ -137,8 +140,9 @@ def activate_kernel(ids, gate_up, h, experts, N, ACTIVATION: tl.constexpr, BLOCK
 
 
 @triton.jit(do_not_specialize=["experts"])
-def combine_kernel(ids, weights, parts, y, experts, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def combine_kernel(ids, weights, parts, y, experts, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y[t] = sum_j weights[t, j] * parts[t, j] over the choices that experts here have. One program: BLOCK columns of one token."""
+    after_previous(PDL)
     t = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -168,7 +172,7 @@ def multiply(x: Tensor, top_k: int, order: Tensor, blocks: Tensor, shard: Shard,
         t.get("locks", order),
         spec.n, spec.k, x.stride(0), out.stride(0), 0 if grouped is None else grouped.stride(0), blocks_m, top_k, tiles_k,
         0 if grouped is None else grouped.shape[2], steps, split, tile.stripe_m,
-        **constants(spec, x.dtype, tile), SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages,
+        **constants(spec, x.dtype, tile), SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages, **dependent_launch(),
     )  # fmt: skip
 
 
@@ -194,15 +198,19 @@ def experts(
             if s.columns is not None:
                 mine, of_each = torch.empty(choices, plan.k, dtype=x.dtype, device=x.device), 1
                 permute_kernel[(choices, triton.cdiv(plan.k, COLUMNS))](
-                    ids, x, tensors[s.columns], mine, count, top_k, plan.k, x.stride(0), BLOCK=COLUMNS
+                    ids, x, tensors[s.columns], mine, count, top_k, plan.k, x.stride(0), BLOCK=COLUMNS, **dependent_launch()
                 )
             multiply(mine, of_each, *ordered, s, tensors[s.first : s.first + s.count], y[:, s.start : s.start + s.spec.n], t)
         return y
 
     gate_and_up = layer(x, top_k, gate_up, gate_up_tensors, tiles[: len(gate_up.shards)])
     h = torch.empty(choices, down.k, dtype=x.dtype, device=x.device)
-    activate_kernel[(choices, triton.cdiv(down.k, COLUMNS))](ids, gate_and_up, h, count, down.k, ACTIVATION=activation, BLOCK=COLUMNS)
+    activate_kernel[(choices, triton.cdiv(down.k, COLUMNS))](
+        ids, gate_and_up, h, count, down.k, ACTIVATION=activation, BLOCK=COLUMNS, **dependent_launch()
+    )
     parts = layer(h, 1, down, down_tensors, tiles[len(gate_up.shards) :])
     y = torch.empty(tokens, down.n, dtype=x.dtype, device=x.device)
-    combine_kernel[(tokens, triton.cdiv(down.n, COLUMNS))](ids, weights, parts, y, count, down.n, TOP_K=top_k, BLOCK=COLUMNS)
+    combine_kernel[(tokens, triton.cdiv(down.n, COLUMNS))](
+        ids, weights, parts, y, count, down.n, TOP_K=top_k, BLOCK=COLUMNS, **dependent_launch()
+    )
     return y

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qplugins.kernels.common.device import after_previous, dependent_launch
+
 CHUNK = 256  # choices of a program
 ROWS = 16  # choices that are compared at once, and chunks whose counts are loaded at once
 
@@ -45,8 +47,9 @@ def _count(ids, first, choices, experts, CHUNK: tl.constexpr, BINS: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["choices", "experts"])
-def count_kernel(ids, counts, choices, experts, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
+def count_kernel(ids, counts, choices, experts, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
     """counts[i, e]: how many choices of chunk i expert e has. One program: one chunk."""
+    after_previous(PDL)
     chunk = tl.program_id(0)
     total = _count(ids, chunk * CHUNK, choices, experts, CHUNK, BINS, ROWS)
     tl.store(counts + chunk * BINS + tl.arange(0, BINS), total)
@@ -56,8 +59,10 @@ def count_kernel(ids, counts, choices, experts, CHUNK: tl.constexpr, BINS: tl.co
 def order_kernel(
     ids, counts, order, blocks, choices, experts, chunks, block_m, bound,
     ONE: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, LOG_BINS: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: where the choices of one chunk go, and as many blocks. ONE: there is but one chunk, and nobody has counted."""
+    after_previous(PDL)
     chunk = tl.program_id(0)
     c = chunk * CHUNK + tl.arange(0, CHUNK)
     before = tl.zeros((BINS,), tl.int32)  # choices of an expert in earlier chunks
@@ -104,9 +109,9 @@ def order(topk_ids: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor]
     counts = order
     if chunks > 1:
         counts = torch.empty(chunks, bins, dtype=torch.int32, device=topk_ids.device)
-        count_kernel[(chunks,)](topk_ids, counts, choices, experts, CHUNK=chunk, BINS=bins, ROWS=ROWS)
+        count_kernel[(chunks,)](topk_ids, counts, choices, experts, CHUNK=chunk, BINS=bins, ROWS=ROWS, **dependent_launch())
     order_kernel[(chunks,)](
         topk_ids, counts, order, blocks, choices, experts, chunks, block_m, limit,
-        ONE=chunks == 1, CHUNK=chunk, BINS=bins, LOG_BINS=bins.bit_length() - 1, ROWS=ROWS,
+        ONE=chunks == 1, CHUNK=chunk, BINS=bins, LOG_BINS=bins.bit_length() - 1, ROWS=ROWS, **dependent_launch(),
     )  # fmt: skip
     return order, blocks
