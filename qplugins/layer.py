@@ -142,8 +142,10 @@ class MixedLinear(nn.Module):
         for shard in self.shards:
             shard.load_random()
 
-    def finish(self, matrices: Sequence[Matrix] | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-        """Turns what was loaded, or `matrices`, into what the kernels read, and frees the rest. dtype: of the activations.
+    def finish(self, matrices: Sequence[Matrix] | None = None, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> str:
+        """Turns what was loaded, or `matrices`, into what the kernels read, frees the rest, and has kernels compiled.
+
+        dtype  of the activations        bias  whether `forward` will be given one
 
         Returns the plan: which implementation runs which part. Raises CheckpointError when something has not been loaded, ValueError when
         nothing here can run a part.
@@ -158,6 +160,7 @@ class MixedLinear(nn.Module):
         weights = ops.fuse(weights)
         self.operands.extend(nn.Parameter(t, requires_grad=False) for w in weights for t in w.tensors)
         self.plan = ops.plan([(w.implementation, w.spec) for w in weights])
+        ops.warm(self.plan, list(self.operands), dtype, bias)
         return self.plan
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -167,6 +170,11 @@ class MixedLinear(nn.Module):
     def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix as an embedding table: ids [...] -> [..., K]."""
         return ops.embedding(ids, list(self.operands), self.plan, dtype)
+
+
+def has_bias(layer: nn.Module) -> bool:
+    """Whether an engine's linear layer has a bias, which both engines keep under that name."""
+    return getattr(layer, "bias", None) is not None
 
 
 def quantize_weight(weight: Tensor, sizes: Sequence[int], formats: Sequence[Format]) -> list[Matrix]:

@@ -10,6 +10,7 @@ from qplugins.kernels.linear.layout import Weight, fuse, pack, unpack
 from qplugins.kernels.linear.op import embedding, linear
 from qplugins.kernels.linear.refusals import IMPLEMENTATIONS, refuses
 from qplugins.kernels.linear.spec import Plan, Shard, Spec, parse, plan, spec_of
+from qplugins.kernels.linear.variants import warm
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -26,4 +27,5 @@ __all__ = [
     "refuses",
     "spec_of",
     "unpack",
+    "warm",
 ]

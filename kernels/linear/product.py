@@ -15,6 +15,8 @@ Where there are too few blocks to keep the memory busy, split_k programs share a
 last to arrive adds them up in the order of K, so that the result does not depend on who was last.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -259,17 +261,22 @@ def powers(spec: Spec, dtype: torch.dtype) -> tuple[int, int]:
     return up, short - up
 
 
+def shares(tiles_k: int, tile: Tile) -> tuple[int, int]:
+    """(split_k, steps of each share): tile.split_k shares where there are as many steps, and none without a step."""
+    steps = triton.cdiv(tiles_k, tile.step)
+    each = triton.cdiv(steps, min(tile.split_k, steps))
+    return triton.cdiv(steps, each), each
+
+
 def share_k(tiles_k: int, tile: Tile, blocks: int, locks: Tensor | None) -> tuple[int, int, Tensor | None]:
-    """(split_k, steps of each share, work) for so many blocks: tile.split_k shares where there are as many steps, and none without a step.
+    """(split_k, steps of each share, work) for so many blocks.
 
     locks  None: nobody shares
     Raises ValueError where there are fewer locks than blocks that share K.
     """
-    steps = triton.cdiv(tiles_k, tile.step)
-    if locks is None or tile.split_k == 1 or steps == 1:
-        return 1, steps, None
-    each = triton.cdiv(steps, min(tile.split_k, steps))
-    split = triton.cdiv(steps, each)
+    split, each = shares(tiles_k, tile if locks is not None else replace(tile, split_k=1))
+    if split == 1:
+        return 1, each, None
     if blocks > locks.numel():
         raise ValueError(f"{blocks} blocks share K, and there are {locks.numel()} locks")
     return split, each, torch.empty(blocks * split * tile.block_n * tile.block_m, dtype=torch.float32, device=locks.device)

@@ -11,7 +11,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import Tensor
 
 from qplugins.formats import BF16
-from qplugins.layer import MixedLinear, Shard, Span, pad_rows, quantize_weight
+from qplugins.layer import MixedLinear, Shard, Span, has_bias, pad_rows, quantize_weight
 from qplugins.layer_map import LayerMap
 from qplugins.routers import add_router, add_routers, formats, part_loader, remove_routers, shards
 from qplugins.sglang import compat
@@ -69,7 +69,7 @@ class LinearMethod(Method, LinearMethodBase):
         if self.dummy:
             layer.mixed.load_random()
         remove_routers(layer, layer.mixed)
-        logger.debug("%s: %s", ", ".join(self.names), layer.mixed.finish(dtype=self.dtype))
+        logger.debug("%s: %s", ", ".join(self.names), layer.mixed.finish(dtype=self.dtype, bias=has_bias(layer)))
 
 
 class EmbeddingMethod(Method):
@@ -136,7 +136,9 @@ class OnlineLinearMethod(Method, LinearMethodBase):
         weight = torch.cat(parts)
         sizes = [len(part) for part in parts]
         del parts
-        logger.debug("%s: %s", ", ".join(self.names), layer.mixed.finish(quantize_weight(weight, sizes, self.formats), dtype=self.dtype))
+        logger.debug(
+            "%s: %s", ", ".join(self.names), layer.mixed.finish(quantize_weight(weight, sizes, self.formats), self.dtype, has_bias(layer))
+        )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if not layer.mixed.plan:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from qplugins.layer import MixedLinear, Shard, Span, pad_rows, quantize_weight
+from qplugins.layer import MixedLinear, Shard, Span, has_bias, pad_rows, quantize_weight
 from qplugins.layer_map import LayerMap
 from qplugins.routers import add_routers, formats, remove_routers, shards
 
@@ -67,7 +67,7 @@ class LinearMethod(LinearMethodBase):
         if self.load_format == "dummy":
             layer.mixed.load_random()
         remove_routers(layer, layer.mixed)
-        log(layer, layer.mixed.finish(dtype=self.dtype))
+        log(layer, layer.mixed.finish(dtype=self.dtype, bias=has_bias(layer)))
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.mixed(x, bias)
@@ -143,7 +143,7 @@ class OnlineLinearMethod(LinearMethodBase):
             return
         weight = layer.weight.data
         del layer.weight
-        log(layer, layer.mixed.finish(quantize_weight(weight, layer.sizes, layer.formats), dtype=weight.dtype))
+        log(layer, layer.mixed.finish(quantize_weight(weight, layer.sizes, layer.formats), weight.dtype, has_bias(layer)))
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.mixed(x, bias)

@@ -20,6 +20,7 @@ SPECS = (
     "e4m3*f32/row 4096x4096",
     "int8*bf16/row 4096x4096",
 )
+WIDE = [(128, 256, 1), (128, 128, 1), (64, 128, 1)]  # rows of W and of x in the blocks of wide.TILES
 PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -33,6 +34,8 @@ CASES = (
     + [("experts", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
     + [("experts", "sm_90", s, "bf16", tile) for s, tile in ((SPECS[0], SQUARE), (SPECS[3], SQUARE), (PLAIN, SQUARE_PLAIN))]
     + [("experts_order", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
+    + [("wide", "sm_90", s, "bf16", Tile(*WIDE[0])) for s in SPECS]
+    + [("wide", "sm_90", SPECS[0], "bf16", Tile(*blocks)) for blocks in WIDE[1:]]
 )
 
 
@@ -46,7 +49,11 @@ def compiled() -> dict:
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(CASES)
-    return {(*(f[name] for name in names[:-1]), f["tile"]["block_n"]): f for f in found}
+    return {(*(f[name] for name in names[:-1]), *_blocks(Tile(**f["tile"]))): f for f in found}
+
+
+def _blocks(tile: Tile) -> tuple[int, int]:
+    return tile.block_n, tile.block_m
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,7 @@ def compiled() -> dict:
     ids=[f"{'-'.join(case)}-{tile.block_n}x{tile.block_m}" for *case, tile in CASES],
 )
 def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
-    found = compiled[kernel, target, spec, dtype, tile.block_n]
+    found = compiled[kernel, target, spec, dtype, *_blocks(tile)]
     assert "error" not in found, found["error"]
     if target == "gfx942":
         assert found["mfma"] > 0 or kernel == "experts_order"
@@ -65,10 +72,21 @@ def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
 
 @pytest.mark.parametrize(
     ("kernel", "spec", "tile"),
-    [(kernel, s, tile) for kernel, target, s, dtype, tile in CASES if s in SPECS and (target, dtype) == ("sm_90", "bf16")],
+    [
+        (kernel, s, tile)
+        for kernel, target, s, dtype, tile in CASES
+        if kernel != "wide" and s in SPECS and (target, dtype) == ("sm_90", "bf16")
+    ],
 )
 def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, spec, tile, compiled):
-    found = compiled[kernel, "sm_90", spec, "bf16", tile.block_n]
+    found = compiled[kernel, "sm_90", spec, "bf16", *_blocks(tile)]
     assert found["wgmma"] > 0 and found["wgmma_from_registers"] == found["wgmma"]
     # see wait_for_dot: registers of a product that is not done are not safe from the next step
     assert found["pending_products"] == 0
+
+
+@pytest.mark.parametrize("blocks", WIDE, ids=str)
+def test_many_rows_go_from_shared_memory_to_the_tensor_core(blocks, compiled):
+    """Decoded by other warps than those that multiply, which wait for nothing but the product before the last."""
+    found = compiled["wide", "sm_90", SPECS[0], "bf16", *blocks[:2]]
+    assert found["wgmma"] > 0 and found["wgmma_from_registers"] == 0

@@ -1,0 +1,51 @@
+"""Compiles, while a model is loaded, what serving will launch: without that the first request of some length waits seconds for a compiler.
+
+Triton compiles a kernel anew for each block size, and which one is used depends on the number of rows. An engine's own warming up covers the
+numbers of rows that it captures graphs for, and the largest; a prompt in between may need another block.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qplugins.kernels.linear.kernel import linear
+from qplugins.kernels.linear.layout import tile_k
+from qplugins.kernels.linear.product import shares
+from qplugins.kernels.linear.spec import Spec, parse
+from qplugins.kernels.linear.tiles import Tile, choose
+
+MOST = 8192  # rows; for more of them the blocks stay the same
+_done: set[tuple] = set()
+
+
+def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
+    """What is compiled for up to MOST rows -> the least number of rows that it runs for. A key is a tile, but for what it is not compiled for,
+    and whether programs share a block's K."""
+    found: dict[tuple[Tile, bool], int] = {}
+    # every number of rows up to 128, then one of each 64, which no block of more rows divides
+    for m in (*range(1, 129), *range(129, MOST + 1, 64)):
+        tile = choose(m, spec, device)
+        shared = shares(-(-spec.k // tile_k(spec)), tile)[0] > 1
+        found.setdefault((replace(tile, split_k=1, stripe_m=1), shared), m)
+    return found
+
+
+def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> None:
+    """Runs the weight-only kernel's shards of a plan, once for each variant that no call before had. Nothing happens off the GPU.
+
+    tensors  of all shards       dtype  of x       bias  whether the layer has one
+    """
+    for shard in parse(plan).shards:
+        own = tensors[shard.first : shard.first + shard.count]
+        if shard.implementation != "triton" or own[0].device.type != "cuda":
+            continue
+        spec, device = shard.spec, own[0].device
+        for (tile, shared), m in variants(spec, device).items():
+            # what else a kernel is compiled for: the format, whether steps divide K, and which sizes are multiples of 16
+            sizes = spec.k % (tile.step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0
+            key = (device, dtype, bias, tile, shared, replace(spec, n=0, k=0), sizes)
+            if key not in _done:
+                _done.add(key)
+                x, y = torch.zeros(m, spec.k, dtype=dtype, device=device), torch.empty(m, spec.n, dtype=dtype, device=device)
+                linear(x, spec, own, y, torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)

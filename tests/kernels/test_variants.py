@@ -1,0 +1,51 @@
+"""Nothing is left to compile once a layer has been warmed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from samples import quantized, spec
+
+from qplugins.kernels import linear as ops
+from qplugins.kernels.linear import kernel, variants
+from qplugins.kernels.linear.layout import tile_k
+from qplugins.kernels.linear.product import shares
+from qplugins.kernels.linear.tiles import choose
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "s",
+    [spec("e2m1*e4m3/16", 4096, 4096), spec("int4*bf16/128", 28672, 4096), spec("int8*bf16/row", 576, 1536), spec("e2m1*e8m0/32", 640, 96)],
+)
+def test_every_number_of_rows_runs_a_variant_that_is_warmed(s):
+    known = variants.variants(s, CPU)
+    assert 4 <= len(known) <= 16
+    for m in range(1, 10000):
+        tile = choose(m, s, CPU)
+        assert (replace(tile, split_k=1, stripe_m=1), shares(-(-s.k // tile_k(s)), tile)[0] > 1) in known, m
+    for (tile, shared), m in known.items():
+        assert tile.block_m == choose(m, s, CPU).block_m and shared <= (m <= 1024)
+
+
+def test_off_the_gpu_nothing_runs(monkeypatch):
+    monkeypatch.setattr(variants, "linear", None)
+    w = ops.pack(quantized(spec("e2m1*e4m3/16", 64, 64), CPU), "triton")
+    variants.warm(ops.plan([(w.implementation, w.spec)]), list(w.tensors), torch.bfloat16, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_call_compiles_afterwards(bias, device):
+    q = quantized(spec("int4*bf16/64", 1024, 832), device)
+    w = ops.pack(q, "triton")
+    plan, tensors = ops.plan([(w.implementation, w.spec)]), list(w.tensors)
+    variants.warm(plan, tensors, torch.bfloat16, bias)
+    (cache, *_) = kernel.linear_kernel.device_caches[torch.cuda.current_device()]
+    before = len(cache)
+    assert before > 0
+    b = torch.zeros(1024, dtype=torch.bfloat16, device=device) if bias else None
+    for m in (*range(1, 140), *range(150, 8300, 111)):
+        ops.linear(torch.randn(m, 832, dtype=torch.bfloat16, device=device), tensors, plan, b)
+    assert len(cache) == before
