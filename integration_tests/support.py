@@ -1,7 +1,7 @@
 """What works where. README's table is made of this, and `tests/test_readme.py` holds every claim to the test that shows it.
 
 A feature that works names the test that serves it with the engine itself; one that is refused, the test that reads the refusal. `gpu` names
-the machine that the same was seen on by a test marked gpu, and stays empty until then.
+the machine that the same was seen on by a test marked gpu, or by SGLang's gpu_check.py, and stays empty until then.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,10 @@ _PAGES = SGLANG + "test_kv.py::test_layout"
 
 # feature -> (vLLM, SGLang)
 WEIGHTS: dict[str, tuple[Cell, Cell]] = {
-    "a mixed checkpoint": (Works(_ANSWERS, "H100"), Works(SGLANG + "test_weights.py::test_mixed_checkpoint_answers_as_its_weights_say")),
+    "a mixed checkpoint": (
+        Works(_ANSWERS, "H100"),
+        Works(SGLANG + "test_weights.py::test_mixed_checkpoint_answers_as_its_weights_say", "H100"),
+    ),
     "q, k, v or gate, up in formats of their own; quantized embedding and head": (
         Works(_ANSWERS),
         Works(SGLANG + "test_weights.py::test_fused_layers_of_different_formats_and_a_quantized_vocabulary"),
@@ -68,9 +71,9 @@ WEIGHTS: dict[str, tuple[Cell, Cell]] = {
     ),
 }
 KV: dict[str, tuple[Cell, Cell]] = {
-    "prefix cache": (Works(VLLM + "test_kv.py::test_prompt_served_cold_and_from_the_prefix_cache"), Works(_PAGES)),
+    "prefix cache": (Works(VLLM + "test_kv.py::test_prompt_served_cold_and_from_the_prefix_cache", "H100"), Works(_PAGES)),
     "chunked prefill": (Works(VLLM + "test_kv.py::test_prompt_in_small_chunks"), Works(_PAGES)),
-    "many requests at once": (Works(VLLM + "test_kv.py::test_eight_clients_at_once_get_what_one_gets"), Works(_PAGES)),
+    "many requests at once": (Works(VLLM + "test_kv.py::test_eight_clients_at_once_get_what_one_gets", "H100"), Works(_PAGES)),
     "preemption": (Works(VLLM + "test_kv.py::test_preemption_changes_nothing_but_rounding"), None),
     "a layout per layer": (
         Works(VLLM + "test_kv.py::test_checkpoint_that_names_its_kv"),
