@@ -96,16 +96,8 @@ def gather_kernel(
         _put(k, keys, pair, mean, inside, row + at, h, stride_k, stride_kh, D, DP, ROTATE, BLOCK_K)
         if S > 0:
             if entry == 0:
-                key_rows = tl.zeros((1, DP, SP), tl.float32)
-                for j in tl.static_range(2 if KB == 8 else 4):
-                    of_keys = tile.row_keys(page + ROWS_K, r, row_inside, j, KC, KU, K_WIDE, D)
-                    key_sign = _signs(_to(key_column, j, KC, D), kd, ROTATE, BLOCK_K)
-                    key_rows = _rotate_rows(key_rows, tl.trans(of_keys), key_sign)
                 key_pair = (page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + r
-                nothing = tl.zeros((DP,), tl.float32)
-                _put(
-                    k, key_rows.reshape(DP, SP), key_pair, nothing, row_inside, row + row_at, h, stride_k, stride_kh, D, DP, ROTATE, BLOCK_K
-                )
+                _put_sinks(k, page + ROWS_K, key_pair, row_inside, row + row_at, h, stride_k, stride_kh, D, DP, ROTATE, BLOCK_K)
     else:
         xv = tile.load_values((page + CODES_V).to(tl.pointer_type(tl.int16)), V_PIECES, V_JP, V_A, V_N, V_WIDE, 1)
         vd = tl.arange(0, DVP)
@@ -120,42 +112,14 @@ def gather_kernel(
         _put(v, values, pair, no_mean, inside, row + at, h, stride_v, stride_vh, DV, DVP, ROTATE, BLOCK_V)
         if S > 0:
             if entry == 0:
-                value_rows = tl.zeros((1, DVP, SP), tl.float32)
-                for j in tl.static_range(2 if VB == 8 else 4):
-                    of_values = tile.row_values(page + ROWS_V, r, row_inside, j, VC, VU, V_WIDE, DV)
-                    value_sign = _signs(_to(value_column, j, VC, DV), vd, ROTATE, BLOCK_V)
-                    value_rows = _rotate_rows(value_rows, of_values, value_sign)
                 value_pair = (page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + S + r
-                _put(
-                    v,
-                    value_rows.reshape(DVP, SP),
-                    value_pair,
-                    no_mean,
-                    row_inside,
-                    row + row_at,
-                    h,
-                    stride_v,
-                    stride_vh,
-                    DV,
-                    DVP,
-                    ROTATE,
-                    BLOCK_V,
-                )
+                _put_sinks(v, page + ROWS_V, value_pair, row_inside, row + row_at, h, stride_v, stride_vh, DV, DVP, ROTATE, BLOCK_V)
 
 
 @triton.jit
 def _to(column, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
     """Which of head_dim's values a piece's columns hold, -1 where they only pad."""
     return tl.where((column < C) & (piece * C + column < D), piece * C + column, -1)
-
-
-@triton.jit
-def _rotate_rows(y, codes, sign):
-    """y [1, DP, SP] + sign [DP, C] codes [C, SP], whole numbers, for sink rows.
-
-    In three dimensions Triton multiplies from registers. Hopper's own product would read 16 columns of transposed codes from the wrong place in
-    shared memory (Triton 3.6)."""
-    return dot(round_to(sign, codes.dtype)[None, :, :], codes[None, :, :], y)
 
 
 @triton.jit
@@ -170,6 +134,24 @@ def _put(out, y, pair, mean, inside, at, h, stride, stride_h, D: tl.constexpr, D
         norm = BLOCK**-0.5
     x = (y * scale[None, :] + zeros[:, None] * zero[None, :] + mean[:, None]) * norm
     tl.store(out + at[None, :] * stride + h * stride_h + d[:, None], x.to(out.dtype.element_ty), mask=inside[None, :] & (d < D)[:, None])
+
+
+@triton.jit
+def _put_sinks(
+    out, rows, pair, inside, at, h, stride, stride_h, D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sink rows, D codes of 8 bits each from `rows` on, -> out at tokens `at` [SP]; pair: pointers to their scales and zero points.
+
+    In three dimensions Triton multiplies from registers. Hopper's own product would read 16 columns of transposed codes from the wrong place in
+    shared memory (Triton 3.6)."""
+    y = tl.zeros((1, DP, at.shape[0]), tl.float32)
+    for i in range(0, D, 16):
+        some = i + tl.arange(0, 16)
+        codes = tl.load(rows + tl.arange(0, at.shape[0])[None, :] * D + some[:, None], mask=inside[None, :], other=128)
+        codes = round_to(codes.to(tl.int32).to(tl.float32) - 128.0, tl.bfloat16)
+        sign = round_to(_signs(some, tl.arange(0, DP), ROTATE, BLOCK), tl.bfloat16)
+        y = dot(sign[None, :, :], codes[None, :, :], y)
+    _put(out, y.reshape(DP, at.shape[0]), pair, tl.zeros((DP,), tl.float32), inside, at, h, stride, stride_h, D, DP, ROTATE, BLOCK)
 
 
 def gather(
