@@ -412,7 +412,7 @@ def test_gathered_slices_give_what_pages_give(world, tiny_llama, monkeypatch):
 
     monkeypatch.setattr(context, "TOKENS", 256)
     plain, gathered = (Engine(tiny_llama, "int4_sink") for _ in range(2))
-    plain.builder.gathers = plain.layer.impl.gathers = False
+    plain.layer.impl.window = 1 << 20  # which leaves nothing out
     steps = [{"a": qkv(500, 1)}, {"b": qkv(300, 2)}, {"a": qkv(100, 3), "b": qkv(120, 4), "c": qkv(130, 5)}]
     for new in steps:
         want, got = plain.step(new), gathered.step(new)

@@ -141,7 +141,7 @@ class PagedBuilder(AttentionMetadataBuilder[PagedMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         self.page = next(layer.impl.page for layer in layers)
         self.heads = kv_cache_spec.num_kv_heads
-        self.gathers = any(layer.impl.gathers for layer in layers)  # else nobody asks for slices
+        self.gathers = any(not layer.impl.window for layer in layers)  # else nobody asks for slices
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=max_decode_query_len(vllm_config) <= MAX_QUERY_LEN)
         reserve(vllm_config, device)
 
@@ -212,7 +212,6 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         self.window, self.soft_cap, self.sinks = sliding_window or 0, logits_soft_cap or 0.0, sinks
         self.page: Page | None = None
         self.raw = chunk_attention(self)
-        self.gathers = not self.window  # reads its context back for `raw`; with a window it attends to pages, of which few are read
         if why := self.refuses(alibi_slopes, attn_type, kv_sharing_target_layer_name, {k: v for k, v in unknown.items() if v is not None}):
             raise ValueError(f"--kv-cache-dtype {kv_cache_dtype}: {why}; leave --kv-cache-dtype out")
         kv.layout(self.vllm_config, kv_cache_dtype).page(head_size, kv.page_size(self.vllm_config))
@@ -306,7 +305,7 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
 
     def cached(self, q: Tensor, pages: Tensor, p: Prefill):
         """Attention of the chunks to what was cached before them, in one or several parts: out [tokens, heads, D], lse [tokens, heads]."""
-        if not (p.slices and self.gathers):
+        if self.window:  # few pages are read
             yield prefill(
                 q,
                 pages,
@@ -331,7 +330,7 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         if query.device.type == "cpu":
             return
         sizes = [3 * query.numel() * query.element_size()]
-        if self.gathers:
+        if not self.window:
             sizes.append(2 * context.TOKENS * self.num_kv_heads * self.head_size * query.element_size())
         held = [torch.empty(n, dtype=torch.uint8, device=query.device) for n in sizes]
         del held
