@@ -5,6 +5,7 @@ numbers of rows that it captures graphs for, and the largest; a prompt in betwee
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ MOST = 8192  # rows; for more of them the blocks stay the same
 _done: set[tuple] = set()
 
 
+@cache
 def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
     """What is compiled for up to MOST rows -> the least number of rows that it runs for. A key is a tile, but for what it is not compiled for,
     and whether programs share a block's K."""

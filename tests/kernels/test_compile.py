@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qplugins.kernels.linear import wide
 from qplugins.kernels.linear.tiles import Tile
 
 SKINNY, SQUARE = Tile(64, 16, 1, 4, 4, split_k=4), Tile(128, 128, 1, 8, 3)
@@ -20,7 +21,7 @@ SPECS = (
     "e4m3*f32/row 4096x4096",
     "int8*bf16/row 4096x4096",
 )
-WIDE = [(128, 256, 1), (128, 128, 1), (64, 128, 1)]  # rows of W and of x in the blocks of wide.TILES
+WIDE = [Tile(tile.block_n, tile.block_m, 1) for tile, _ in wide.TILES]
 PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -34,8 +35,8 @@ CASES = (
     + [("experts", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
     + [("experts", "sm_90", s, "bf16", tile) for s, tile in ((SPECS[0], SQUARE), (SPECS[3], SQUARE), (PLAIN, SQUARE_PLAIN))]
     + [("experts_order", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
-    + [("wide", "sm_90", s, "bf16", Tile(*WIDE[0])) for s in SPECS]
-    + [("wide", "sm_90", SPECS[0], "bf16", Tile(*blocks)) for blocks in WIDE[1:]]
+    + [("wide", "sm_90", s, "bf16", WIDE[0]) for s in SPECS]
+    + [("wide", "sm_90", SPECS[0], "bf16", tile) for tile in WIDE[1:]]
 )
 
 
@@ -85,8 +86,8 @@ def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, s
     assert found["pending_products"] == 0
 
 
-@pytest.mark.parametrize("blocks", WIDE, ids=str)
-def test_many_rows_go_from_shared_memory_to_the_tensor_core(blocks, compiled):
+@pytest.mark.parametrize("tile", WIDE, ids=lambda tile: f"{tile.block_n}x{tile.block_m}")
+def test_many_rows_go_from_shared_memory_to_the_tensor_core(tile, compiled):
     """Decoded by other warps than those that multiply, which wait for nothing but the product before the last."""
-    found = compiled["wide", "sm_90", SPECS[0], "bf16", *blocks[:2]]
+    found = compiled["wide", "sm_90", SPECS[0], "bf16", *_blocks(tile)]
     assert found["wgmma"] > 0 and found["wgmma_from_registers"] == 0
