@@ -19,8 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +28,7 @@ sys.path.append(str(ROOT))
 import requests  # noqa: E402
 import torch  # noqa: E402
 
+from bench.common import start_together  # noqa: E402
 from integration_tests.engine_sglang.server import SglangServer  # noqa: E402
 from integration_tests.models import smollm2  # noqa: E402
 
@@ -96,11 +96,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
-        # the threads that start servers have to outlive them: a server ends with the thread that started it
-        threads = stack.enter_context(ThreadPoolExecutor())
         folder = model(Path(work) / "model")
         most = max(batch * (length + OUTPUT_TOKENS + 256) for batch, length in SHAPES) if options.together else None
-        servers = []
+        servers, about = [], []
         for dtype in options.only:
             own = ["--attention-backend", options.attention_backend] if options.attention_backend and dtype in ("auto", "fp8_e4m3") else []
             args = ["--load-format", "dummy", *own, *options.server_args.split()]
@@ -114,12 +112,11 @@ def main() -> None:
                 args=args,
                 timeout=500,
             )
-            servers.append((server, dict(kv_cache_dtype=dtype, attention=own[1] if own else "by itself")))
-        if options.together:
-            list(threads.map(lambda s: stack.enter_context(s[0]), servers))
-        for server, about in servers:
-            with nullcontext() if options.together else server:
-                rows.append(measure(server, about))
+            servers.append(server)
+            about.append(dict(kv_cache_dtype=dtype, attention=own[1] if own else "by itself"))
+        for row, context in zip(about, start_together(stack, servers) if options.together else servers, strict=True):
+            with context as server:
+                rows.append(measure(server, row))
             print(json.dumps(rows[-1]), flush=True)
     if options.out:
         from sglang.version import __version__

@@ -14,14 +14,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench.common import commit, table  # noqa: E402
+from bench.common import commit, start_together, table  # noqa: E402
 from bench.engine_vllm import LLAMA  # noqa: E402
 from integration_tests.models import smollm2  # noqa: E402
 from integration_tests.server import NAME, ServerFailed, VllmServer  # noqa: E402
@@ -105,19 +104,17 @@ def main() -> None:
     about |= {"tokens_in": options.tokens_in, "tokens_out": options.tokens_out, "kv_bytes": options.kv_bytes}
     rows = []
     with ExitStack() as stack:
-        # the threads that start servers have to outlive them: a server ends with the thread that started it
-        threads = stack.enter_context(ThreadPoolExecutor())
-        configurations = []
-        for weights in options.weights:
-            for kv in options.kv:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                configurations.append(({"kv": kv, "weights": weights}, folder, server_of(kv, weights, options, folder)))
-        starting = [threads.submit(stack.enter_context, server) for _, _, server in configurations] if options.together else []
-        wait(starting)
-        for i, (row, folder, server) in enumerate(configurations):
+        configurations = [
+            ({"kv": kv, "weights": weights}, stack.enter_context(tempfile.TemporaryDirectory()))
+            for weights in options.weights
+            for kv in options.kv
+        ]
+        servers = [server_of(row["kv"], row["weights"], options, Path(folder)) for row, folder in configurations]
+        contexts = start_together(stack, servers) if options.together else servers
+        for (row, folder), context in zip(configurations, contexts, strict=True):
             try:
-                with nullcontext(starting[i].result()) if options.together else server:
-                    row |= measure(server, options, folder)
+                with context as server:
+                    row |= measure(server, options, Path(folder))
             except (ServerFailed, RuntimeError, subprocess.TimeoutExpired) as e:
                 row["note"] = str(e)[-400:]
             rows.append(row)
