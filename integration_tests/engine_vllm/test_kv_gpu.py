@@ -20,7 +20,6 @@ from integration_tests.engine_vllm.test_kv import (
     ANSWER,
     BOUND,
     QUESTION,
-    Said,
     counter,
     divergence,
     exact,
@@ -74,9 +73,8 @@ def test_graphs_and_eager_say_the_same(smollm2, tokens):
 
 
 @pytest.mark.real_model
-def test_speculation_says_the_same(smollm2, tokens):
-    """Texts that repeat, so that n-grams find what comes next. Verifying several tokens sums in another order than decoding one: a value between
-    two codes may take the other one, and two tokens all but as likely may change places. Until one does, the numbers are the same but for that."""
+def test_speculation_changes_no_token(smollm2, tokens):
+    """Texts that repeat, so that the next tokens are near certain and n-grams find them."""
     half = len(tokens) // 2
     texts = [tokens[i : half + i + 40] for i in (0, 10, 20, 30)]
     said = []
@@ -85,19 +83,12 @@ def test_speculation_says_the_same(smollm2, tokens):
             said.append([greedy(server, t, 48) for t in texts])
             if args:
                 assert counter(server, "spec_decode_num_accepted_tokens_total") > 48
-    pairs = [parted(a, b) for a, b in zip(*said, strict=True)]
-    print(f"\ntokens in common: {[same for same, _ in pairs]} of 48")
-    assert mean([kl for _, kls in pairs for kl in kls]) < BOUND["int4_sink"] / 4, pairs
-    assert sum(same == 48 for same, _ in pairs) >= 2, pairs
-    for (same, _), a, b in zip(pairs, *said, strict=True):
+    for without, with_ in zip(*said, strict=True):
+        same, kls = parted(without, with_)
+        print(f"\n{same} of 48 tokens in common, KL up to there {kls}")
         if same < 48:
-            assert near_tie(a[same], b[same]), (a[same], b[same])
-
-
-def near_tie(a: tuple[str, Said], b: tuple[str, Said]) -> bool:
-    """Whether each of two tokens was nearly as likely as the other where either was chosen: within 0.2 nats, four times as far as the codes'
-    own error moves a logit of this model."""
-    return all(abs(said[a[0]] - said[b[0]]) < 0.2 for said in (a[1], b[1]))
+            print(f"then {without[same]} and {with_[same]}")
+    assert [[token for token, _ in text] for text in said[0]] == [[token for token, _ in text] for text in said[1]]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +153,7 @@ def test_tokens_that_fit_beside_other_dtypes(long_llama):
         with serve(long_llama, "--kv-cache-dtype", name, compiled=False) as server:
             fit[name] = server.kv_tokens
     print(f"\ntokens in 256 MiB: {fit}")
-    # 4 layers, 2 KV heads
-    assert 0.97 < fit["int4_sink"] / (2**28 // (4 * 2 * KV_LAYOUTS["int4_sink"].token_bytes(128, 128))) <= 1
+    for name, token_bytes in (("auto", 512), ("int4_sink", KV_LAYOUTS["int4_sink"].token_bytes(128, 128))):
+        most = 2**28 // (4 * 2 * token_bytes)  # 4 layers, 2 KV heads
+        assert 0.97 * most < fit[name] <= most
     assert fit["int4_sink"] > 3.4 * fit["auto"] and fit["int4_sink"] > 1.7 * fit["fp8"]
