@@ -1,11 +1,20 @@
 """Stores new tokens in their pages: rotate, subtract the page's mean, find scale and zero, pack.
 
-A tile is [rows, columns of words] four times (twice for 8 bits), one for each code of a word, so packing is shifting and adding. Rotation is a
-product with a matrix of signs, made in registers: with 16-bit inputs all products and, but for the last bits, all sums are exact.
+**A tile is a matrix y [rows, columns]**: a token of one head a row, a column for each place of a code in the token's words. Words have `per` = 4
+codes (2 of 8 bits) and lie in C columns, padded to 4U; column j * 4U + c of y is code j of column c, which is d = j * C + c. So packing
+is shifting and adding, and where nothing is padded the columns are head_dim itself.
+
+**Rotation** is a matrix product from registers. H_b is a Hadamard matrix of Hadamard matrices: of groups of 4w columns (page.py: those of a block)
+each is multiplied by H_4w, one small matrix of signs, then groups are added and subtracted crosswise. With 16-bit inputs all products
+and, but for the last bits, all sums are exact. Where head_dim is not a power of two, it is a product with all of R.
+
+**Who holds what.** Each of W warps has the rows of T tokens and needs nothing from another, but for the mean. A tensor core's lane holds, in a
+row, neighbouring columns of words: for keys just the 16 bytes that lie together in a page, so they go from register to page; values are moved
+about within the warp first. `_operand` and `_plain` do nothing but say so; rows come in the order that makes it true (`_token`).
 
 Two kernels. `write_few_kernel` serves decode steps: fewer than MEAN_TOKENS tokens of each sequence, whose pages take the mean of the page
-before; its rows are tokens by heads, so that a program has rows enough for a matrix product. `write_kernel` serves all else: a program owns what
-this write puts into one page of one head, so it knows the page's mean before it encodes, with nothing to wait for.
+before; its rows are tokens by heads, and a program is one warp. `write_kernel` serves all else: a program owns what this write puts into one
+page of one head, so it knows the page's mean before it encodes, with nothing to wait for.
 """
 
 import triton
@@ -15,194 +24,209 @@ from torch import Tensor
 from qplugins.kernels.common.device import after_previous, dependent_launch, dot, round_to
 from qplugins.kernels.kv.page import Page, _pow2
 from qplugins.kernels.kv.ref import MEAN_TOKENS
-from qplugins.kernels.kv.rotation import block
-from qplugins.kernels.kv.tile import rotation_sign
+from qplugins.kernels.kv.tile import PTX, key_column, page_constants, rotation_sign
+
+ROWS = 16  # of a tile at least: those of a tensor core's product
 
 
 @triton.jit
-def _key_column(x, U: tl.constexpr, WIDE: tl.constexpr):
-    """The column of words in place x when they are ordered by lane: U words for each of 4 lanes."""
-    u = x % U
-    return u // WIDE * (4 * WIDE) + x // U * WIDE + u % WIDE
+def _token(W: tl.constexpr, T: tl.constexpr):
+    """[W * T]: the token of each row. Warp w has tokens w*T .. w*T + T - 1; eight rows lie together, those that it loads and stores at once, and
+    then come the other warps'."""
+    r = tl.arange(0, W * T)
+    return r // 8 % W * T + r // (8 * W) * 8 + r % 8
 
 
 @triton.jit
-def _word_of_key(t, c, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
-    """page.py's formula for keys: the word of token t's column c."""
-    p, b, i = c // (4 * WIDE), c // WIDE % 4, c % WIDE
-    return (((p * G + t // (8 * N)) * 8 + t % 8) * 4 + b) * 8 + t // 8 % N * WIDE + i
+def _operand(x, W: tl.constexpr, WIDE: tl.constexpr):
+    """[W * T, Q * 4 WIDE] -> [W, Q * T, 4 WIDE]: rows by warps, groups of columns below one another, and a group's columns as a tensor core's
+    operand has them, so that a lane's are neighbours: place k holds column key_column(k) of the group."""
+    T: tl.constexpr = x.shape[0] // W
+    Q: tl.constexpr = x.shape[1] // (4 * WIDE)
+    x = x.reshape(T // 8, W, 8, Q, 4, WIDE // 2, 2).permute(1, 3, 0, 2, 5, 4, 6)
+    return x.reshape(W, Q * T, 4 * WIDE)
 
 
 @triton.jit
-def _word_of_value(t, c, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
-    p, a, i = c // (4 * WIDE), c // (WIDE // 2) % 8, c % (WIDE // 2)
-    return (((p * G + t // (8 * N)) * 8 + a) * 4 + t % 8 // 2) * 8 + t // 8 % N * WIDE + 2 * i + t % 2
+def _plain(y, Q: tl.constexpr, WIDE: tl.constexpr):
+    """The inverse of `_operand`."""
+    W: tl.constexpr = y.shape[0]
+    T: tl.constexpr = y.shape[1] // Q
+    y = y.reshape(W, Q, T // 8, 8, WIDE // 2, 4, 2).permute(2, 0, 3, 1, 5, 4, 6)
+    return y.reshape(W * T, Q * 4 * WIDE)
 
 
 @triton.jit
-def _rotated(x, column, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
-    """float32 [rows, columns]: the values that go into code `piece` of the words. x [rows, DP]."""
-    to = piece * C + column
-    d = tl.arange(0, DP)
-    real = ((column < C) & (to < D))[None, :] & (d < D)[:, None]
-    if ROTATE:
-        sign = tl.where(real, rotation_sign(d[:, None], to[None, :], BLOCK), 0.0)
-    else:
-        sign = tl.where(real & (d[:, None] == to[None, :]), 1.0, 0.0)
+def _times(x, sign, acc):
+    """acc + x [W, M, K] @ sign [K, N]. A float32 is the sum of three bfloat16."""
+    sign = tl.broadcast_to(sign[None, :, :], (x.shape[0], sign.shape[0], sign.shape[1]))
     if x.dtype == tl.float32:
-        y = tl.dot(x, sign, input_precision="ieee")
+        sign = round_to(sign, tl.bfloat16)
+        for _ in tl.static_range(3):
+            part = round_to(x, tl.bfloat16)
+            acc = dot(part, sign, acc)
+            x -= part.to(tl.float32)
+        return acc
     else:
-        y = dot(x, round_to(sign, x.dtype), tl.zeros((x.shape[0], column.shape[0]), tl.float32))
-    if ROTATE:
-        y *= BLOCK**-0.5
-    return y
+        return dot(x, round_to(sign, x.dtype), acc)
 
 
 @triton.jit
-def _range(y, low, high, column, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    real = ((column < C) & (piece * C + column < D))[None, :]
-    return tl.minimum(low, tl.min(tl.where(real, y, float("inf")), 1)), tl.maximum(high, tl.max(tl.where(real, y, float("-inf")), 1))
+def _crossed(y, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """a + b, a - b in place of the neighbours a, b among y's OUTER * 2 runs of INNER values."""
+    a, b = tl.split(y.reshape(OUTER, 2, INNER).permute(0, 2, 1))
+    return tl.join(a + b, a - b).permute(0, 2, 1).reshape(y.shape)
 
 
 @triton.jit
-def _scale_and_zero(low, high, BITS: tl.constexpr):
-    """float32 [rows] of the values float16 keeps, and both in one int32."""
+def _load(at, real, D: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, PER: tl.constexpr):
+    """[rows, columns]: head_dim's values from `at` [rows]; zero in rows that are not real and columns that pad."""
+    q = tl.arange(0, PER * JP)[None, :, None]
+    c = q % JP * (4 * WIDE) + tl.arange(0, 4 * WIDE)[None, None, :]
+    d = q // JP * C + c
+    x = tl.load(tl.max_contiguous(at[:, None, None] + d, (1, 1, WIDE)), mask=real[:, None, None] & (c < C) & (d < D), other=0.0)
+    return x.reshape(at.shape[0], PER * JP * 4 * WIDE)
+
+
+@triton.jit
+def _store(at, x, real, D: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, PER: tl.constexpr):
+    """The inverse of `_load`, in the type of what `at` points to."""
+    q = tl.arange(0, PER * JP)[None, :, None]
+    c = q % JP * (4 * WIDE) + tl.arange(0, 4 * WIDE)[None, None, :]
+    d = q // JP * C + c
+    x = x.reshape(at.shape[0], PER * JP, 4 * WIDE).to(at.dtype.element_ty)
+    tl.store(tl.max_contiguous(at[:, None, None] + d, (1, 1, WIDE)), x, mask=real[:, None, None] & (c < C) & (d < D))
+
+
+@triton.jit
+def _dim(D: tl.constexpr, C: tl.constexpr, U: tl.constexpr, PER: tl.constexpr):
+    """[columns]: which of head_dim's values each holds; -1 where it pads."""
+    c = tl.arange(0, PER * 4 * U)
+    d = c // (4 * U) * C + c % (4 * U)
+    return tl.where((c % (4 * U) < C) & (d < D), d, -1)
+
+
+@triton.jit
+def _rotated(
+    x, at, real, D: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, PER: tl.constexpr, W: tl.constexpr,
+    ROTATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """float32 [rows, columns]: x R of the tokens that lie at `at` [rows]; x is their `_load`, for which the caller need not wait."""
+    Q: tl.constexpr = PER * JP  # groups of columns
+    G: tl.constexpr = 4 * WIDE
+    T: tl.constexpr = at.shape[0] // W
+    if not ROTATE:
+        return x.to(tl.float32)
+    elif D == BLOCK:
+        d = key_column(tl.arange(0, G), WIDE, WIDE)
+        y = _times(_operand(x, W, WIDE), rotation_sign(d[:, None], d[None, :], G), tl.zeros((W, Q * T, G), tl.float32))
+        y = _crossed(y, W * Q // 2, T * G)
+        if Q >= 4:
+            y = _crossed(y, W * Q // 4, 2 * T * G)
+        if Q >= 8:
+            y = _crossed(y, W * Q // 8, 4 * T * G)
+    else:
+        c = key_column(tl.arange(0, Q * G), JP * WIDE, WIDE)
+        to = c // (JP * G) * C + c % (JP * G)
+        y = tl.zeros((W, T, Q * G), tl.float32)
+        for i in range(0, D, 16):  # a few values at a time: the matrix of signs is large
+            some = tl.load(tl.max_contiguous(at[:, None] + i + tl.arange(0, 16)[None, :], (1, 4)), mask=real[:, None], other=0.0)
+            d = i + key_column(tl.arange(0, 16), 4, 4)
+            y = _times(_operand(some, W, 4), rotation_sign(d[:, None], to[None, :], BLOCK), y)
+        y = y.reshape(W, T, Q, G).permute(0, 2, 1, 3).reshape(W, Q * T, G)
+    return _plain(y, Q, WIDE) * BLOCK**-0.5
+
+
+@triton.jit
+def _encoded(y, d, BITS: tl.constexpr, D: tl.constexpr):
+    """Codes int32 [rows, columns], 0 in columns that pad, and [rows] words of scale and zero. d: `_dim`."""
+    low, high = y, y
+    if y.shape[1] != D:
+        low, high = tl.where((d >= 0)[None, :], y, float("inf")), tl.where((d >= 0)[None, :], y, float("-inf"))
+    low, high = tl.min(low, 1), tl.max(high, 1)
     scale = tl.minimum((high - low) / (2**BITS - 1), 65504.0).to(tl.float16)
     zero = tl.minimum(tl.maximum(low + 2 ** (BITS - 1) * scale.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     pair = (scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (zero.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return scale.to(tl.float32), zero.to(tl.float32), pair
+    scale = scale.to(tl.float32)
+    steps = tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)  # a unit
+    codes = (y - zero.to(tl.float32)[:, None]) * steps[:, None] + (2 ** (BITS - 1) + 0.5)
+    codes = tl.minimum(tl.maximum(codes, 0.0), 2.0**BITS - 1).to(tl.int32)  # not negative, so rounded down
+    if y.shape[1] != D:
+        codes = tl.where((d >= 0)[None, :], codes, 0)
+    return codes, pair
 
 
 @triton.jit
-def _codes(y, scale, zero, column, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
-    """int32 [rows, columns]; 0 in columns that only pad."""
-    steps = tl.where(scale[:, None] > 0, (y - zero[:, None]) / tl.where(scale > 0, scale, 1.0)[:, None], 0.0)
-    codes = tl.minimum(tl.maximum(tl.floor(steps + (2 ** (BITS - 1) + 0.5)), 0.0), 2.0**BITS - 1).to(tl.int32)
-    if D % C != 0 or column.shape[0] != C:
-        codes = tl.where(((column < C) & (piece * C + column < D))[None, :], codes, 0)
-    return codes
+def _packed(codes, PER: tl.constexpr):
+    """int16 [rows, 4U]: the words of codes [rows, columns]."""
+    C: tl.constexpr = codes.shape[1] // PER
+    j = tl.arange(0, PER)[None, :, None]
+    return tl.sum(codes.reshape(codes.shape[0], PER, C) << j * (16 // PER), 1).to(tl.int16)
 
 
 @triton.jit
-def _fifth(codes, q: tl.constexpr, U: tl.constexpr):
-    """int32 [rows, 4 lanes, U / 4]: the fifth bits of quarter q where they stand in the lane's words."""
-    run = tl.arange(0, 4)[None, None, :, None]
-    return tl.sum((codes >> 4).reshape(codes.shape[0], 4, 4, U // 4) << 4 * run + q, 2)
+def _fifth(codes, JP: tl.constexpr, WIDE: tl.constexpr):
+    """int16 [rows, U]: the words of the fifth bits of codes [rows, columns]."""
+    R: tl.constexpr = codes.shape[0]
+    lanes = (codes >> 4).reshape(R, 4, JP, 4, WIDE).permute(0, 1, 3, 2, 4).reshape(R, 4, 4, 4, JP * WIDE // 4)
+    q, j = tl.arange(0, 4)[None, :, None, None, None], tl.arange(0, 4)[None, None, None, :, None]
+    return tl.sum(tl.sum(lanes << 4 * j + q, 3), 1).reshape(R, JP * WIDE).to(tl.int16)
 
 
 @triton.jit
-def _put_rows(rows, position, y, scale, zero, column, stored, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """A piece of sink rows, in bytes. rows [rows]: where each row's bytes of its page start."""
-    d = piece * C + column
-    to = rows[:, None] + position.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(to, _codes(y, scale, zero, column, piece, C, D, 8).to(tl.uint8), mask=stored[:, None] & ((column < C) & (d < D))[None, :])
+def _put_key_words(part, t, words, stored, C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
+    """page.py's formula for keys. part [rows]: where each row's matrix of words starts; words [rows, 4U]."""
+    JP: tl.constexpr = words.shape[1] // (4 * WIDE)
+    p, c = tl.arange(0, JP)[None, :, None], tl.arange(0, 4 * WIDE)[None, None, :]
+    row = (t // (8 * N) * 256 + t % 8 * 32 + t // 8 % N * WIDE)[:, None, None]
+    at = part.to(tl.pointer_type(tl.int16))[:, None, None] + (row + p * (G * 256) + c // WIDE * 8 + c % WIDE)
+    tl.store(at, words.reshape(words.shape[0], JP, 4 * WIDE), mask=stored[:, None, None] & (p < C // (4 * WIDE)))
+
+
+@triton.jit
+def _put_value_words(part, t, words, stored, C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
+    """page.py's formula for values: two tokens are neighbours, so a single one's words lie apart."""
+    JP: tl.constexpr = words.shape[1] // (4 * WIDE)
+    p, c = tl.arange(0, JP)[None, :, None], tl.arange(0, 4 * WIDE)[None, None, :]
+    row = (t // (8 * N) * 256 + t % 8 // 2 * 8 + t // 8 % N * WIDE + t % 2)[:, None, None]
+    at = part.to(tl.pointer_type(tl.int16))[:, None, None] + (row + p * (G * 256) + c // (WIDE // 2) * 32 + c % (WIDE // 2) * 2)
+    tl.store(at, words.reshape(words.shape[0], JP, 4 * WIDE), mask=stored[:, None, None] & (p < C // (4 * WIDE)))
+
+
+@triton.jit
+def _put_value_blocks(part, words, C: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr):
+    """A whole page of values, 16 bytes a lane: the inverse of tile.value_words and tile.blocks."""
+    JP: tl.constexpr = words.shape[1] // (4 * WIDE)
+    A: tl.constexpr = words.shape[0] // (W * 8 * N)
+    x = words.reshape(A, N, W, 4, 2, JP, 8, WIDE // 2).permute(5, 0, 2, 6, 3, 1, 7, 4).reshape(JP * A * W, 256)
+    i = tl.arange(0, JP * A * W)
+    p = i // (A * W)
+    at = part.to(tl.pointer_type(tl.int16)) + ((p * W + i % W) * A + i // W % A)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    tl.store(at, x, mask=(p < C // (4 * WIDE))[:, None])
+
+
+@triton.jit
+def _put_sinks(
+    page, position, y, d, sink, D: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, PER: tl.constexpr,
+    ROW_SCALES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sink rows of y in 8 bits."""
+    codes, pair = _encoded(y, d, 8, D)
+    tl.store((page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + position, pair, mask=sink)
+    _store(page + ROWS + position.to(tl.int64) * D, codes, sink, D, C, JP, WIDE, PER)
 
 
 @triton.jit
 def _put_keys(
-    x, page, position, stored, sink, m0, m1, m2, m3, column,
-    P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KB: tl.constexpr, S: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
-    C: tl.constexpr, U: tl.constexpr, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr, HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
-    CODES_K: tl.constexpr, HIGH_K: tl.constexpr, SCALES_K: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr,
+    page, t, y, d, stored, D: tl.constexpr, KB: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr,
+    HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr, CODES_K: tl.constexpr, HIGH_K: tl.constexpr, SCALES_K: tl.constexpr,
 ):  # fmt: skip
-    """Keys x [rows, DP], each into its page [rows] (pointers); m0..m3 the means' pieces."""
-    y0 = _rotated(x, column, 0, C, D, DP, ROTATE, BLOCK)
-    y1 = _rotated(x, column, 1, C, D, DP, ROTATE, BLOCK)
-    y2, y3 = y0, y1
-    if KB != 8:
-        y2 = _rotated(x, column, 2, C, D, DP, ROTATE, BLOCK)
-        y3 = _rotated(x, column, 3, C, D, DP, ROTATE, BLOCK)
-    low = tl.full((x.shape[0],), float("inf"), tl.float32)
-    if S > 0:
-        if tl.max(sink.to(tl.int32), 0) > 0:
-            row_low, row_high = _range(y0, low, -low, column, 0, C, D)
-            row_low, row_high = _range(y1, row_low, row_high, column, 1, C, D)
-            if KB != 8:
-                row_low, row_high = _range(y2, row_low, row_high, column, 2, C, D)
-                row_low, row_high = _range(y3, row_low, row_high, column, 3, C, D)
-            row_scale, row_zero, row_pair = _scale_and_zero(row_low, row_high, 8)
-            tl.store((page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + position, row_pair, mask=sink)
-            _put_rows(page + ROWS_K, position, y0, row_scale, row_zero, column, sink, 0, C, D)
-            _put_rows(page + ROWS_K, position, y1, row_scale, row_zero, column, sink, 1, C, D)
-            if KB != 8:
-                _put_rows(page + ROWS_K, position, y2, row_scale, row_zero, column, sink, 2, C, D)
-                _put_rows(page + ROWS_K, position, y3, row_scale, row_zero, column, sink, 3, C, D)
-    y0 -= m0
-    y1 -= m1
-    y2 -= m2
-    y3 -= m3
-    low, high = _range(y0, low, -low, column, 0, C, D)
-    low, high = _range(y1, low, high, column, 1, C, D)
-    if KB != 8:
-        low, high = _range(y2, low, high, column, 2, C, D)
-        low, high = _range(y3, low, high, column, 3, C, D)
-    scale, zero, pair = _scale_and_zero(low, high, KB)
-    t = position % P
+    """Rotated keys y, less the mean. page, t [rows]: each row's page and its place there."""
+    codes, pair = _encoded(y, d, KB, D)
     tl.store((page + SCALES_K).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
-    c0, c1 = _codes(y0, scale, zero, column, 0, C, D, KB), _codes(y1, scale, zero, column, 1, C, D, KB)
-    if KB == 8:
-        words = c0 | c1 << 8
-    else:
-        c2, c3 = _codes(y2, scale, zero, column, 2, C, D, KB), _codes(y3, scale, zero, column, 3, C, D, KB)
-        words = c0 & 15 | (c1 & 15) << 4 | (c2 & 15) << 8 | (c3 & 15) << 12
-    at = (page + CODES_K).to(tl.pointer_type(tl.int16))[:, None] + _word_of_key(t[:, None], column[None, :], G, N, WIDE)
-    tl.store(at, words.to(tl.int16), mask=stored[:, None] & (column < C)[None, :])
+    _put_key_words(page + CODES_K, t, _packed(codes & 15 if KB == 5 else codes, 2 if KB == 8 else 4), stored, C, G, N, WIDE)
     if KB == 5:
-        high_words = (_fifth(c0, 0, U) + _fifth(c1, 1, U) + _fifth(c2, 2, U) + _fifth(c3, 3, U)).reshape(x.shape[0], U)
-        high_column = _key_column(tl.arange(0, U), U // 4, HIGH_WIDE)
-        at = (page + HIGH_K).to(tl.pointer_type(tl.int16))[:, None] + _word_of_key(
-            t[:, None], high_column[None, :], HIGH_G, HIGH_N, HIGH_WIDE
-        )
-        tl.store(at, high_words.to(tl.int16), mask=stored[:, None])
-
-
-@triton.jit
-def _put_values(
-    x, page, position, stored, sink, column,
-    P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
-    C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr,
-    CODES_V: tl.constexpr, SCALES_V: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS_V: tl.constexpr,
-):  # fmt: skip
-    y0 = _rotated(x, column, 0, C, D, DP, ROTATE, BLOCK)
-    y1 = _rotated(x, column, 1, C, D, DP, ROTATE, BLOCK)
-    y2, y3 = y0, y1
-    if VB != 8:
-        y2 = _rotated(x, column, 2, C, D, DP, ROTATE, BLOCK)
-        y3 = _rotated(x, column, 3, C, D, DP, ROTATE, BLOCK)
-    low = tl.full((x.shape[0],), float("inf"), tl.float32)
-    low, high = _range(y0, low, -low, column, 0, C, D)
-    low, high = _range(y1, low, high, column, 1, C, D)
-    if VB != 8:
-        low, high = _range(y2, low, high, column, 2, C, D)
-        low, high = _range(y3, low, high, column, 3, C, D)
-    if S > 0:
-        if tl.max(sink.to(tl.int32), 0) > 0:
-            row_scale, row_zero, row_pair = _scale_and_zero(low, high, 8)
-            tl.store((page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + S + position, row_pair, mask=sink)
-            _put_rows(page + ROWS_V, position, y0, row_scale, row_zero, column, sink, 0, C, D)
-            _put_rows(page + ROWS_V, position, y1, row_scale, row_zero, column, sink, 1, C, D)
-            if VB != 8:
-                _put_rows(page + ROWS_V, position, y2, row_scale, row_zero, column, sink, 2, C, D)
-                _put_rows(page + ROWS_V, position, y3, row_scale, row_zero, column, sink, 3, C, D)
-    scale, zero, pair = _scale_and_zero(low, high, VB)
-    t = position % P
-    tl.store((page + SCALES_V).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
-    c0, c1 = _codes(y0, scale, zero, column, 0, C, D, VB), _codes(y1, scale, zero, column, 1, C, D, VB)
-    if VB == 8:
-        words = c0 | c1 << 8
-    else:
-        c2, c3 = _codes(y2, scale, zero, column, 2, C, D, VB), _codes(y3, scale, zero, column, 3, C, D, VB)
-        words = c0 | c1 << 4 | c2 << 8 | c3 << 12
-    at = (page + CODES_V).to(tl.pointer_type(tl.int16))[:, None] + _word_of_value(t[:, None], column[None, :], G, N, WIDE)
-    tl.store(at, words.to(tl.int16), mask=stored[:, None] & (column < C)[None, :])
-
-
-@triton.jit
-def _mean_of(page, column, stored, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr, MEAN_K: tl.constexpr):
-    """float32 [rows, columns]: a piece of the mean in each row's page; zero where not stored."""
-    d = piece * C + column
-    real = stored[:, None] & ((column < C) & (d < D))[None, :]
-    return tl.load((page + MEAN_K).to(tl.pointer_type(tl.float16))[:, None] + d[None, :], mask=real, other=0.0).to(tl.float32)
+        _put_key_words(page + HIGH_K, t, _fifth(codes, JP, WIDE), stored, JP * 4 * HIGH_WIDE, HIGH_G, HIGH_N, HIGH_WIDE)
 
 
 @triton.jit
@@ -211,15 +235,17 @@ def write_few_kernel(
     heads, stride_k, stride_kh, stride_v, stride_vh, stride_p, stride_ph, stride_bt,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, S: tl.constexpr,
     MEAN: tl.constexpr, ROTATE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KC: tl.constexpr, KU: tl.constexpr, K_G: tl.constexpr, K_N: tl.constexpr, K_WIDE: tl.constexpr,
-    VC: tl.constexpr, VCP: tl.constexpr, V_G: tl.constexpr, V_N: tl.constexpr, V_WIDE: tl.constexpr,
-    HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
+    KC: tl.constexpr, K_PIECES: tl.constexpr, K_JP: tl.constexpr, K_A: tl.constexpr, K_N: tl.constexpr, K_WIDE: tl.constexpr,
+    VC: tl.constexpr, V_PIECES: tl.constexpr, V_JP: tl.constexpr, V_A: tl.constexpr, V_N: tl.constexpr, V_WIDE: tl.constexpr,
+    HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ref.write for a few tokens of each sequence. Program (b, z, i): TOKENS x HEADS rows of sequence b, keys (z = 0) or values, block i of heads."""
     after_previous(PDL)
+    KPER: tl.constexpr = 2 if KB == 8 else 4
+    VPER: tl.constexpr = 2 if VB == 8 else 4
     b = tl.program_id(0)
     row = tl.arange(0, TOKENS * HEADS)
     token = row // HEADS
@@ -233,90 +259,72 @@ def write_few_kernel(
     slot = tl.load(slot_mapping + index, mask=here, other=-1).to(tl.int64)
     stored = here & (slot >= 0)
     page = pages + tl.where(stored, slot // P, 0) * stride_p + head * stride_ph
-    sink = stored & (position < S)
+    t = position % P
     if tl.program_id(1) == 0:
-        column = _key_column(tl.arange(0, 4 * KU), KU, K_WIDE)
-        d = tl.arange(0, DP)
-        x = tl.load(
-            k + index[:, None] * stride_k + head[:, None] * stride_kh + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
-        )
-        m0 = tl.zeros((TOKENS * HEADS, 4 * KU), tl.float32)
-        m1, m2, m3 = m0, m0, m0
+        keys = k + index * stride_k + head * stride_kh
+        x = _load(keys, here, D, KC, K_JP, K_WIDE, KPER)
+        # a page that these tokens open takes the mean of the page before it
+        opens = position - t >= first
+        entry = tl.maximum(position // P - 1, 0)
+        before = tl.load(block_table + b.to(tl.int64) * stride_bt + entry, mask=here & opens & (position >= P), other=0).to(tl.int64)
+        y = _rotated(x, keys, here, D, KC, K_JP, K_WIDE, KPER, 1, ROTATE, BLOCK_K)
+        kd = _dim(D, KC, K_JP * K_WIDE, KPER)
+        if S > 0:
+            if first < S:
+                _put_sinks(page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, ROW_SCALES, ROWS_K)
         if MEAN:
-            # a page that these tokens open takes the mean of the page before it
-            opens = position // P * P >= first
-            entry = tl.maximum(position // P - 1, 0)
-            before = tl.load(block_table + b.to(tl.int64) * stride_bt + entry, mask=stored & opens & (position >= P), other=0).to(tl.int64)
             source = tl.where(opens, pages + before * stride_p + head * stride_ph, page)
             known = stored & ((position >= P) | (opens == 0))
-            m0 = _mean_of(source, column, known, 0, KC, D, MEAN_K)
-            m1 = _mean_of(source, column, known, 1, KC, D, MEAN_K)
-            if KB != 8:
-                m2 = _mean_of(source, column, known, 2, KC, D, MEAN_K)
-                m3 = _mean_of(source, column, known, 3, KC, D, MEAN_K)
-            at_first = stored & (position % P == 0)
-            if tl.max(at_first.to(tl.int32), 0) > 0:
-                own = (page + MEAN_K).to(tl.pointer_type(tl.float16))[:, None] + column[None, :]
-                real = at_first[:, None] & (column < KC)[None, :]
-                tl.store(own, m0.to(tl.float16), mask=real & (column < D)[None, :])
-                tl.store(own + KC, m1.to(tl.float16), mask=real & (KC + column < D)[None, :])
-                if KB != 8:
-                    tl.store(own + 2 * KC, m2.to(tl.float16), mask=real & (2 * KC + column < D)[None, :])
-                    tl.store(own + 3 * KC, m3.to(tl.float16), mask=real & (3 * KC + column < D)[None, :])
-        _put_keys(
-            x, page, position, stored, sink, m0, m1, m2, m3, column, P, D, DP, KB, S, ROTATE, BLOCK_K,
-            KC, KU, K_G, K_N, K_WIDE, HIGH_G, HIGH_N, HIGH_WIDE, CODES_K, HIGH_K, SCALES_K, ROW_SCALES, ROWS_K,
-        )  # fmt: skip
+            mean = _load((source + MEAN_K).to(tl.pointer_type(tl.float16)), known, D, KC, K_JP, K_WIDE, KPER).to(tl.float32)
+            y -= mean
+            if (first + P - 1) // P * P < first + queries:
+                _store((page + MEAN_K).to(tl.pointer_type(tl.float16)), mean, stored & (t == 0), D, KC, K_JP, K_WIDE, KPER)
+        _put_keys(page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, CODES_K, HIGH_K, SCALES_K)
     else:
-        dv = tl.arange(0, DVP)  # names of their own: Triton wants one shape for a name in both branches
-        xv = tl.load(
-            v + index[:, None] * stride_v + head[:, None] * stride_vh + dv[None, :], mask=here[:, None] & (dv < DV)[None, :], other=0.0
-        )
-        _put_values(
-            xv, page, position, stored, sink, tl.arange(0, VCP),
-            P, DV, DVP, VB, S, ROTATE, BLOCK_V, VC, V_G, V_N, V_WIDE, CODES_V, SCALES_V, ROW_SCALES, ROWS_V,
-        )  # fmt: skip
+        values = v + index * stride_v + head * stride_vh
+        xv = _load(values, here, DV, VC, V_JP, V_WIDE, VPER)
+        yv = _rotated(xv, values, here, DV, VC, V_JP, V_WIDE, VPER, 1, ROTATE, BLOCK_V)
+        vd = _dim(DV, VC, V_JP * V_WIDE, VPER)
+        if S > 0:
+            if first < S:
+                _put_sinks(page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, ROW_SCALES + 4 * S, ROWS_V)
+        codes, pair = _encoded(yv, vd, VB, DV)
+        tl.store((page + SCALES_V).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
+        _put_value_words(page + CODES_V, t, _packed(codes, VPER), stored, VC, V_A, V_N, V_WIDE)
 
 
 @triton.jit
-def _sum_of_page(k, slot_mapping, token, begin, end, stride_k, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Sum [DP] and number of the stored keys at positions begin .. end - 1, sinks left out; k: this head's keys, token: index of position begin's."""
-    d = tl.arange(0, DP)
-    total = tl.zeros((DP,), tl.float32)
-    count = tl.zeros((), tl.int32)
-    for i in range(0, end - begin, BLOCK_T):
-        t = i + tl.arange(0, BLOCK_T)
-        inside = (begin + t < end) & (begin + t >= S)
-        inside &= tl.load(slot_mapping + token + t, mask=inside, other=-1) >= 0
-        x = tl.load(k + (token + t).to(tl.int64)[:, None] * stride_k + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        total += tl.sum(x.to(tl.float32), 0)
-        count += tl.sum(inside.to(tl.int32), 0)
-    return total, count
+def _mean_of(y, counted, count):
+    """float32 [columns], of float16's values: the mean of the rows of y that are counted."""
+    mean = tl.sum(tl.where(counted[:, None], y, 0.0), 0) * (1.0 / count.to(tl.float32))
+    return tl.minimum(tl.maximum(mean, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
-def _mean_of_sum(
-    total, count, column, piece: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr
-):
-    to = piece * C + column
-    d = tl.arange(0, DP)
-    if ROTATE:
-        sign = rotation_sign(d[:, None], to[None, :], BLOCK) * BLOCK**-0.5
-    else:
-        sign = tl.where(d[:, None] == to[None, :], 1.0, 0.0)
-    mean = tl.sum(total[:, None] * sign, 0) / tl.maximum(count, 1).to(tl.float32)
-    mean = tl.where((column < C) & (to < D), tl.minimum(tl.maximum(mean, -65504.0), 65504.0), 0.0)
-    return mean.to(tl.float16).to(tl.float32)
+def _put_mean(to, mean, d):
+    tl.store(to.to(tl.pointer_type(tl.float16)) + d, mean.to(tl.float16), mask=d >= 0)
 
 
 @triton.jit
-def _later(i, x):
-    """0, which the compiler does not know where x is float32: signs made from it stay in the loop over i. Made once, as for 16-bit x, all of them
-    together would not fit into shared memory at a head_dim of 256."""
-    if x.dtype == tl.float32:
-        return tl.minimum(i, 0)
-    else:
-        return 0
+def _look(slots, position, first, length, P: tl.constexpr, S: tl.constexpr):
+    """The page that stores the tokens at positions position .. position + P - 1 (0 if none of them is stored), how many it stores, and
+    how many of these are no sinks. slots: the slot of position 0.
+
+    A few at a time, so that every warp sees all of them for itself."""
+    number, stored, counted = tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32)
+    for i in tl.static_range(0, P, 32):
+        at = position + i + tl.arange(0, 32)
+        slot = tl.load(slots + at, mask=(at >= first) & (at < length), other=-1).to(tl.int64)
+        number = tl.maximum(number, tl.where(slot >= 0, slot // P, 0).to(tl.int32))
+        stored += (slot >= 0).to(tl.int32)
+        counted += ((slot >= 0) & (at >= S)).to(tl.int32)
+    return tl.max(number, 0), tl.sum(stored, 0), tl.sum(counted, 0)
+
+
+@triton.jit
+def _opened(slots, position, first):
+    """Whether this write opens the page that begins at `position`."""
+    return (position >= first) & (tl.load(slots + position, mask=position >= first, other=-1) >= 0)
 
 
 @triton.jit
@@ -325,14 +333,17 @@ def write_kernel(
     B, stride_k, stride_kh, stride_v, stride_vh, stride_p, stride_ph, stride_bt,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, S: tl.constexpr,
     MEAN: tl.constexpr, ROTATE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    KC: tl.constexpr, KU: tl.constexpr, K_G: tl.constexpr, K_N: tl.constexpr, K_WIDE: tl.constexpr,
-    VC: tl.constexpr, VCP: tl.constexpr, V_G: tl.constexpr, V_N: tl.constexpr, V_WIDE: tl.constexpr,
-    HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
+    KC: tl.constexpr, K_PIECES: tl.constexpr, K_JP: tl.constexpr, K_A: tl.constexpr, K_N: tl.constexpr, K_WIDE: tl.constexpr,
+    VC: tl.constexpr, V_PIECES: tl.constexpr, V_JP: tl.constexpr, V_A: tl.constexpr, V_N: tl.constexpr, V_WIDE: tl.constexpr,
+    HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
-    ENOUGH: tl.constexpr, BLOCK_T: tl.constexpr, BB: tl.constexpr,
+    ENOUGH: tl.constexpr, W: tl.constexpr, BB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ref.write. Program (s, h, z): the tokens of the s-th touched page, head h, keys (z = 0) or values; pages are counted sequence by sequence."""
+    after_previous(PDL)
+    KPER: tl.constexpr = 2 if KB == 8 else 4
+    VPER: tl.constexpr = 2 if VB == 8 else 4
     share = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     each = tl.arange(0, BB)
@@ -349,99 +360,86 @@ def write_kernel(
     first_token = tl.load(query_start_loc + b)
     first = length - (tl.load(query_start_loc + b + 1) - first_token)  # position of the first new token
     entry = first // P + nth
-    begin = tl.maximum(first, entry * P)
-    end = tl.minimum(length, entry * P + P)
-    token = first_token + begin - first
+    begin = entry * P  # position of the page's first token
+    t = _token(W, P // W)
+    position = begin + t
+    inside = (position >= first) & (position < length)
+    index = (first_token - first + position).to(tl.int64)
+    slots = slot_mapping + (first_token - first)
+    stored = tl.load(slots + position, mask=inside, other=-1) >= 0
 
+    # keys and values each with names of their own: Triton wants one shape for a name in both branches
     if tl.program_id(2) == 0:
-        column = _key_column(tl.arange(0, 4 * KU), KU, K_WIDE)
-        d = tl.arange(0, DP)
-        one = tl.arange(0, 1)
-        keys = k + head * stride_kh
-        m0 = tl.zeros((1, 4 * KU), tl.float32)
-        m1, m2, m3 = m0, m0, m0
+        keys = k + index * stride_k + head * stride_kh
+        x = _load(keys, inside, D, KC, K_JP, K_WIDE, KPER)
+        number, n, count = _look(slots, begin, first, length, P, S)
+        page = pages + number.to(tl.int64) * stride_p + head * stride_ph
+        each_page = page + tl.zeros((P,), tl.int32)
+        kd = _dim(D, KC, K_JP * K_WIDE, KPER)
+        # the page whose mean this one gets: the last one with tokens enough, if this write opens it, and otherwise the first that was there before
+        source, opens, enough = begin, _opened(slots, begin, first), count
+        opened = opens
+        means = page + MEAN_K
         if MEAN:
-            first_slot = tl.load(slot_mapping + token).to(tl.int64)
-            opens = (begin % P == 0) & (first_slot >= 0)
-            table = block_table + b.to(tl.int64) * stride_bt
-            total = tl.zeros((DP,), tl.float32)
-            count = tl.zeros((), tl.int32)
-            if opens:
-                total, count = _sum_of_page(keys, slot_mapping, token, begin, end, stride_k, S, D, DP, BLOCK_T)
-                if (count < ENOUGH) & (entry > 0):
-                    if begin - P >= first:  # the page before is opened by this write too, maybe not yet: its mean from the same tokens
-                        total, count = _sum_of_page(keys, slot_mapping, token - P, begin - P, begin, stride_k, S, D, DP, BLOCK_T)
-            if opens & (count >= ENOUGH):
-                m0 = _mean_of_sum(total, count, column, 0, KC, D, DP, ROTATE, BLOCK_K)[None, :]
-                m1 = _mean_of_sum(total, count, column, 1, KC, D, DP, ROTATE, BLOCK_K)[None, :]
-                if KB != 8:
-                    m2 = _mean_of_sum(total, count, column, 2, KC, D, DP, ROTATE, BLOCK_K)[None, :]
-                    m3 = _mean_of_sum(total, count, column, 3, KC, D, DP, ROTATE, BLOCK_K)[None, :]
+            while opened & (enough < ENOUGH):
+                source -= P
+                opened = _opened(slots, source, first)
+                _, _, enough = _look(slots, source, first, length, P, S)
+            if source < begin:
+                if opened:
+                    # that page's program may not have come to it yet, so from the same tokens; the mean goes by memory to leave registers free
+                    back = begin - source
+                    counted = (tl.load(slots + position - back) >= 0) & (position - back >= S)
+                    others = keys - back * stride_k.to(tl.int64)
+                    x = _load(others, counted, D, KC, K_JP, K_WIDE, KPER)
+                    z = _rotated(x, others, counted, D, KC, K_JP, K_WIDE, KPER, W, ROTATE, BLOCK_K)
+                    _put_mean(means, _mean_of(z, counted, enough), kd)
+                    tl.debug_barrier()
+                    x = _load(keys, inside, D, KC, K_JP, K_WIDE, KPER)  # again: registers hold one tile
+                elif source >= 0:
+                    number = tl.load(block_table + b.to(tl.int64) * stride_bt + source // P)
+                    means = pages + number.to(tl.int64) * stride_p + head * stride_ph + MEAN_K
+        y = _rotated(x, keys, inside, D, KC, K_JP, K_WIDE, KPER, W, ROTATE, BLOCK_K)
+        if S > 0:
+            if (entry == 0) & (first < S):
+                _put_sinks(each_page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, ROW_SCALES, ROWS_K)
+        if MEAN:
+            if opened & (source == begin):
+                mean = _mean_of(y, stored & (position >= S), count)
             else:
-                if opens:
-                    number = tl.where(entry > 0, tl.load(table + tl.maximum(entry - 1, 0)).to(tl.int64), -1)
-                else:
-                    # any stored token of the page says which it is
-                    t = tl.arange(0, P)
-                    slots = tl.load(slot_mapping + token + t, mask=begin + t < end, other=-1).to(tl.int64)
-                    number = tl.max(tl.where(slots >= 0, slots // P, -1), 0)
-                source = pages + (tl.maximum(number, 0) * stride_p + head * stride_ph) + one
-                known = (number + one) >= 0
-                m0 = _mean_of(source, column, known, 0, KC, D, MEAN_K)
-                m1 = _mean_of(source, column, known, 1, KC, D, MEAN_K)
-                if KB != 8:
-                    m2 = _mean_of(source, column, known, 2, KC, D, MEAN_K)
-                    m3 = _mean_of(source, column, known, 3, KC, D, MEAN_K)
+                mean = tl.load(means.to(tl.pointer_type(tl.float16)) + kd, mask=tl.minimum(kd, source) >= 0, other=0.0).to(tl.float32)
             if opens:
-                own = (pages + first_slot // P * stride_p + head * stride_ph + MEAN_K).to(tl.pointer_type(tl.float16)) + column[None, :]
-                real = (column < KC)[None, :]
-                tl.store(own, m0.to(tl.float16), mask=real & (column < D)[None, :])
-                tl.store(own + KC, m1.to(tl.float16), mask=real & (KC + column < D)[None, :])
-                if KB != 8:
-                    tl.store(own + 2 * KC, m2.to(tl.float16), mask=real & (2 * KC + column < D)[None, :])
-                    tl.store(own + 3 * KC, m3.to(tl.float16), mask=real & (3 * KC + column < D)[None, :])
-        for i in range(0, end - begin, BLOCK_T):
-            t = i + tl.arange(0, BLOCK_T)
-            position = begin + t
-            slot = tl.load(slot_mapping + token + t, mask=position < end, other=-1).to(tl.int64)
-            stored = slot >= 0
-            page = pages + tl.where(stored, slot // P, 0) * stride_p + head * stride_ph
-            x = tl.load(
-                keys + (token + t).to(tl.int64)[:, None] * stride_k + d[None, :], mask=stored[:, None] & (d < D)[None, :], other=0.0
-            )
-            columns = column + _later(i, x)
-            _put_keys(
-                x, page, position, stored, stored & (position < S), m0, m1, m2, m3, columns, P, D, DP, KB, S, ROTATE, BLOCK_K,
-                KC, KU, K_G, K_N, K_WIDE, HIGH_G, HIGH_N, HIGH_WIDE, CODES_K, HIGH_K, SCALES_K, ROW_SCALES, ROWS_K,
-            )  # fmt: skip
+                _put_mean(page + MEAN_K, mean, kd)
+            y -= mean[None, :]
+        _put_keys(each_page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, CODES_K, HIGH_K, SCALES_K)
     else:
-        dv = tl.arange(0, DVP)  # names of their own: Triton wants one shape for a name in both branches
-        for i in range(0, end - begin, BLOCK_T):
-            t = i + tl.arange(0, BLOCK_T)
-            position = begin + t
-            slot = tl.load(slot_mapping + token + t, mask=position < end, other=-1).to(tl.int64)
-            stored = slot >= 0
-            page = pages + tl.where(stored, slot // P, 0) * stride_p + head * stride_ph
-            at = v + head * stride_vh + (token + t).to(tl.int64)[:, None] * stride_v + dv[None, :]
-            xv = tl.load(at, mask=stored[:, None] & (dv < DV)[None, :], other=0.0)
-            _put_values(
-                xv, page, position, stored, stored & (position < S), tl.arange(0, VCP) + _later(i, xv), P, DV, DVP, VB, S, ROTATE, BLOCK_V,
-                VC, V_G, V_N, V_WIDE, CODES_V, SCALES_V, ROW_SCALES, ROWS_V,
-            )  # fmt: skip
+        values = v + index * stride_v + head * stride_vh
+        xv = _load(values, inside, DV, VC, V_JP, V_WIDE, VPER)
+        number, n, _ = _look(slots, begin, first, length, P, S)
+        page = pages + number.to(tl.int64) * stride_p + head * stride_ph
+        each_page = page + tl.zeros((P,), tl.int32)
+        yv = _rotated(xv, values, inside, DV, VC, V_JP, V_WIDE, VPER, W, ROTATE, BLOCK_V)
+        vd = _dim(DV, VC, V_JP * V_WIDE, VPER)
+        if S > 0:
+            if (entry == 0) & (first < S):
+                _put_sinks(each_page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, ROW_SCALES + 4 * S, ROWS_V)
+        codes, pair = _encoded(yv, vd, VB, DV)
+        tl.store((each_page + SCALES_V).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
+        words = _packed(codes, VPER)
+        if n == P:
+            _put_value_blocks(page + CODES_V, words, VC, V_N, V_WIDE, W)
+        else:
+            _put_value_words(each_page + CODES_V, t, words, stored, VC, V_A, V_N, V_WIDE)
 
 
-def page_constants(page: Page) -> dict[str, int]:
-    """The page as compile-time constants of the kernels above."""
-    k, v, high = page.k, page.v, page.high
-    found = {
-        "P": page.page_size, "D": page.head_dim, "DV": page.v_head_dim, "DP": _pow2(page.head_dim), "DVP": _pow2(page.v_head_dim),
-        "KB": page.k_bits, "VB": page.v_bits, "S": page.sinks, "MEAN": page.mean, "ROTATE": page.rotate,
-        "BLOCK_K": block(page.head_dim), "BLOCK_V": block(page.v_head_dim),
-        "KC": k.columns, "KU": _pow2(k.pieces) * k.w, "K_G": k.groups, "K_N": k.n, "K_WIDE": k.w,
-        "VC": v.columns, "VCP": _pow2(v.columns), "V_G": v.groups, "V_N": v.n, "V_WIDE": v.w,
-        "HIGH_G": high.groups if high else 0, "HIGH_N": high.n if high else 0, "HIGH_WIDE": high.w if high else 0,
-    }  # fmt: skip
-    return found | {name.upper(): at for name, at in page.offsets.items()}
+def warps_of(page: Page) -> int:
+    """Warps that share a page: each has the rows of a product, or as many tokens as its blocks of words hold."""
+    return page.page_size // max(ROWS, 8 * page.k.n, 8 * page.v.n)
+
+
+def registers_of(page: Page) -> int | None:
+    """Registers a thread of `write_kernel` may have (None: any): as many as let a multiprocessor hold two programs, if those are nearly enough."""
+    return 128 if warps_of(page) == 8 and max(page.head_dim, page.v_head_dim) <= 128 else None
 
 
 def touched_pages(tokens: int, batch: int, page_size: int) -> int:
@@ -465,15 +463,16 @@ def write(
     batch, heads = seq_lens.shape[0], pages.shape[1]
     strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0))
     tensors = (k, v, pages, slot_mapping, query_start_loc, seq_lens, block_table)
+    constants = page_constants(page, 1) | dependent_launch()
     if max_query_len < MEAN_TOKENS:
-        tokens = _pow2(max_query_len)
-        heads_each = min(_pow2(heads), max(1, 16 // tokens))
-        tokens = max(tokens, 16 // heads_each)
+        heads_each = max(1, min(_pow2(heads), ROWS // _pow2(max_query_len)))
         write_few_kernel[(batch, 2, triton.cdiv(heads, heads_each))](
-            *tensors, heads, *strides, TOKENS=tokens, HEADS=heads_each, num_warps=4, num_stages=1, **page_constants(page), **dependent_launch(),
-        )  # fmt: skip
+            *tensors, heads, *strides, TOKENS=ROWS // heads_each, HEADS=heads_each, num_warps=1, num_stages=1, **constants
+        )
     else:
-        grid = (touched_pages(slot_mapping.shape[0], batch, page.page_size), heads, 2)
+        few = PTX and k.element_size() == 2 and registers_of(page)
+        registers = {"maxnreg": few} if few else {}
+        grid, warps = (touched_pages(slot_mapping.shape[0], batch, page.page_size), heads, 2), warps_of(page)
         write_kernel[grid](
-            *tensors, batch, *strides, ENOUGH=MEAN_TOKENS, BLOCK_T=64, BB=_pow2(batch), num_warps=8, num_stages=1, **page_constants(page)
+            *tensors, batch, *strides, ENOUGH=MEAN_TOKENS, W=warps, BB=_pow2(batch), num_warps=warps, num_stages=1, **constants, **registers
         )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from sequences import Batch, keys_and_values, rel, starts
+from triton.runtime import interpreter
 
 from qplugins.kernels.attention import decode as decode_kernel
 from qplugins.kernels.attention import merge as merge_kernel
@@ -106,10 +107,56 @@ def test_decode_of_a_ragged_batch_with_padding(dtype, device):
 
 
 @pytest.mark.parametrize(
-    "launch", [decode_kernel.Launch(7, 2, None, 32), decode_kernel.Launch(1, 2, None, 64), decode_kernel.Launch(1, 2, None, 128)], ids=str
+    ("programs", "tokens", "pages"), [(7, 32, 1), (2, 16, 1), (1, 64, 1), (1, 128, 1), (7, 64, 3), (7, 64, 100)], ids=lambda n: str(n)
 )
-def test_decode_shared_out_in_any_way(launch, device):
+def test_decode_shared_out_in_any_way(programs, tokens, pages, device):
+    launch = decode_kernel.Launch(programs, 2, None, tokens, pages=pages)
     run_decode(Batch.filled(page_of("int4_sink", 64), [520, 3, 250], 1), [1, 1, 1], 4, device, launch=launch)
+
+
+def test_decode_gives_a_program_the_least_pages(device):
+    batch = Batch.filled(
+        page_of("int4_sink", 64, 64), [300, 70], 1
+    )  # 7 pages, at least 5 each: the second sequence alone is not shared out
+    args = [x.to(device) for x in (torch.randn(2, 2, 64), batch.pages, batch.block_table, torch.tensor([300, 70]).int(), starts([1, 1]))]
+    for pages, shared in ((5, False), (4, True)):
+        workspace, out = torch.zeros(1 << 20, dtype=torch.uint8, device=device), torch.empty(2, 2, 64, device=device)
+        launch = decode_kernel.Launch(7, 2, None, 64, pages=pages)
+        decode_kernel.decode(*args, workspace, out, None, batch.page, 1, 300, 0.125, launch=launch)
+        assert bool(workspace.any()) == shared, "what programs leave of a sequence"
+
+
+# 19, 1 and 5 parts: up to five levels, groups that are not full, groups of one, and fewer parts than a group
+MANY_PARTS = [1153, 40, 260]
+
+
+@pytest.mark.parametrize(("fan", "at_once"), [(2, 1), (3, 2), (4, 4), (16, 8), (64, 2)])
+def test_decode_joins_parts_in_any_way(fan, at_once, device):
+    launch = decode_kernel.Launch(11, 2, None, 64, pages=1, fan=fan, round=at_once)
+    run_decode(Batch.filled(page_of("int4_sink", 64, 64), MANY_PARTS, 1), [1, 1, 1], 4, device, launch=launch)
+
+
+@pytest.mark.parametrize("fan", [2, 4])
+def test_decode_does_not_depend_on_who_comes_last(fan, device, monkeypatch):
+    batch = Batch.filled(page_of("int4_sink", 64, 64), [700, 40, 260], 1)
+    lens = torch.tensor(batch.lens, dtype=torch.int32)
+    q, launch = torch.randn(3, 4, 64), decode_kernel.Launch(7, 2, None, 64, pages=1, fan=fan, round=2)
+    args = [x.to(device) for x in (q, batch.pages, batch.block_table, lens, starts([1, 1, 1]))]
+    workspace = torch.zeros(1 << 22, dtype=torch.uint8, device=device)
+    found = []
+    for order in (lambda z, n: z, lambda z, n: n - 1 - z, lambda z, n: z * 8 % n):
+        with monkeypatch.context() as patch:
+            if INTERPRET.value:  # one program after the other: shares in this order
+                builder = interpreter.interpreter_builder
+                at = builder.set_grid_idx
+                patch.setattr(builder, "set_grid_idx", lambda x, y, z, at=at, o=order, b=builder: at(x, y, o(z, b.grid_dim[2])))
+            out = torch.full((3, 4, 64), torch.nan, device=device)
+            decode_kernel.decode(*args, workspace, out, None, batch.page, 1, max(batch.lens), 0.125, launch=launch)
+        assert not workspace[: 4 * decode_kernel.COUNTERS].any()
+        found.append(out)
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
+    want, _ = attention.decode(as_rounded(q, batch.page, 0.125), batch.pages, batch.block_table, lens, args[4].cpu(), batch.page, 0.125)
+    assert rel(found[0], want) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -151,11 +198,6 @@ def test_decode_says_when_the_workspace_is_too_small(device):
         )
 
 
-def test_a_batch_may_be_too_large(device):
-    with pytest.raises(ValueError, match="make batches smaller"):
-        decode_kernel.workspace_bytes(1 << 14, 64, 8, page_of("int4_sink", 64), 1, device)
-
-
 def test_one_workspace_serves_batches_of_any_size_and_layout(device):
     # what a small batch leaves must not stand where a large one counts
     pages = page_of("int4_sink", 64, 64), page_of("int8_sink", 64, 64)
@@ -173,17 +215,21 @@ def test_one_workspace_serves_batches_of_any_size_and_layout(device):
         assert not workspace[: 4 * decode_kernel.COUNTERS].any()
 
 
-def run_write(page: Page, steps: list[list[int]], device, *, heads=2, dtype=torch.float32, drop=()):
-    """Batches of new tokens, one after the other, by kernel and reference; what they leave has to be the same page."""
+def run_write(page: Page, steps: list[list[int]], device, *, heads=2, dtype=torch.float32, drop=(), means=False):
+    """Batches of new tokens, one after the other, by kernel and reference; what they leave has to be the same page. Tokens `drop` of each batch
+    are not stored; `means`: pages have one from before."""
     lens = [sum(step[b] for step in steps) for b in range(len(steps[0]))]
     batch = Batch.empty(page, lens, heads)
     batch.block_table[batch.block_table == 1 << 20] = 0
+    if means:
+        at = page.offsets["mean_k"]
+        batch.pages[..., at : at + 2 * page.head_dim].view(torch.float16).normal_()
     got, want = batch.pages.to(device), batch.pages.clone()
     at = [0] * len(lens)
     for step in steps:
         k, v = (x.to(dtype) for x in keys_and_values(sum(step) + 3, heads, page))
         slots = torch.cat([batch.slots(b, at[b], at[b] + n) for b, n in enumerate(step)] + [torch.full((3,), -1)])
-        slots[list(drop)] = -1
+        slots[[i for i in drop if i < len(slots)]] = -1
         at = [a + n for a, n in zip(at, step, strict=True)]
         meta = slots, starts(step), torch.tensor(at, dtype=torch.int32), batch.block_table
         ref.write(want, k, v, *meta, page)
@@ -206,7 +252,7 @@ def run_write(page: Page, steps: list[list[int]], device, *, heads=2, dtype=torc
 @pytest.mark.parametrize(
     ("layout", "head_dim", "page_size"),
     [(*case, 64) for case in [*HEADS, ("k5v4_sink", 80), ("k5v4_sink", 192), ("k8v4_sink", 80)]]
-    + [("int4_sink", 128, 128), ("k5v4_sink", 64, 128)],
+    + [("int4_sink", 128, 128), ("k5v4_sink", 64, 128), ("int4_sink", 96, 128), ("k8v4_sink", 80, 128), ("int8_sink", 256, 64)],
 )
 def test_write_of_every_page(layout, head_dim, page_size, device):
     run_write(page_of(layout, head_dim, page_size), [[page_size + 9, 3], [1, 18]], device, heads=1)
@@ -229,6 +275,28 @@ def test_write_of_16_bit_inputs(dtype, device):
 
 def test_write_skips_slots_of_minus_one(device):
     run_write(page_of("int4_sink", 64, 64), [[100, 20], [4, 4]], device, drop=(1, 2, 3))
+
+
+@pytest.mark.parametrize("layout", ["int4_sink", "k5v4_sink", "int8_sink"])
+@pytest.mark.parametrize("begin", [0, 1, 60], ids=lambda n: f"from {n}")
+def test_write_of_pages_that_are_whole_or_lack_a_token(layout, begin, device):
+    # of four pages some are stored whole, one lacks a token in the middle, and at the ends there are parts
+    run_write(page_of(layout, 64, 64), [[begin], [250 - begin]], device, drop=[150])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "drop"),
+    [
+        pytest.param(150, range(64, 128), id="nothing of a page is stored"),
+        pytest.param(133, range(64, 128), id="nothing of the page before is stored"),
+        pytest.param(133, [64], id="the page before is not opened, but has tokens enough"),
+        pytest.param(150, [64], id="a page without its first token is not opened"),
+        pytest.param(128, range(66, 128), id="two tokens and a page before that is opened too"),
+        pytest.param(128, [0, *range(66, 128)], id="two tokens and a page before that is not"),
+    ],
+)
+def test_write_finds_the_mean_where_tokens_are_not_stored(tokens, drop, device):
+    run_write(page_of("int4_sink", 64, 64), [[tokens]], device, drop=list(drop), means=True)
 
 
 @pytest.mark.parametrize(
