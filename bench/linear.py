@@ -15,7 +15,7 @@ from bench import rivals  # noqa: E402
 from bench.common import Row, rel_rms, save, table  # noqa: E402
 from qplugins.kernels.common.device import on_hopper  # noqa: E402
 from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
-from qplugins.kernels.linear import kernel, wide, workload  # noqa: E402
+from qplugins.kernels.linear import kernel, variants, workload  # noqa: E402
 from qplugins.kernels.linear.ref import matmul  # noqa: E402
 
 TOLERANCE = 0.012  # of |y|: two roundings to bf16 are 0.003, x rounded to e4m3 is not held to it
@@ -23,7 +23,7 @@ E4M3_TOLERANCE = 0.05
 
 
 def own(name: str):
-    """qplugins' weight-only kernel, and that for many rows on Hopper; for fp8 its W8A8 product too."""
+    """qplugins' weight-only product, and where another kernel serves many rows, the plain one beside it; for fp8 its W8A8 product too."""
 
     def weight_only(linear, least, q, count):
         sets = workload.layer(name, *q.shape, count, q)
@@ -41,9 +41,9 @@ def own(name: str):
 
         return calls
 
-    found = {"qplugins": partial(weight_only, kernel.linear, 1)}
+    found = {"qplugins": partial(weight_only, variants.linear, 1)}
     if on_hopper():
-        found["qplugins wide"] = partial(weight_only, wide.linear, 256)
+        found["qplugins plain"] = partial(weight_only, kernel.linear, variants.WIDE)
     if name == "fp8":
         found["qplugins w8a8"] = partial(rivals.scaled_mm, quantizer=True)
     return found
