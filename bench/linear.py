@@ -13,9 +13,8 @@ import torch  # noqa: E402
 
 from bench import rivals  # noqa: E402
 from bench.common import Row, rel_rms, save, table  # noqa: E402
-from qplugins.kernels.common.device import on_hopper  # noqa: E402
 from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
-from qplugins.kernels.linear import kernel, variants, workload  # noqa: E402
+from qplugins.kernels.linear import kernel, workload  # noqa: E402
 from qplugins.kernels.linear.ref import matmul  # noqa: E402
 
 TOLERANCE = 0.012  # of |y|: two roundings to bf16 are 0.003, x rounded to e4m3 is not held to it
@@ -23,27 +22,23 @@ E4M3_TOLERANCE = 0.05
 
 
 def own(name: str):
-    """qplugins' weight-only product, and where another kernel serves many rows, the plain one beside it; for fp8 its W8A8 product too."""
+    """qplugins' weight-only kernel, and for fp8 its W8A8 product too."""
 
-    def weight_only(linear, least, q, count):
+    def weight_only(q, count):
         sets = workload.layer(name, *q.shape, count, q)
 
         def calls(x):
-            if x.shape[0] < least:
-                raise NotImplementedError(f"is for {least} rows and more")
             y = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device=x.device)
 
             def call(spec, tensors):
-                linear(x, spec, tensors, y)
+                kernel.linear(x, spec, tensors, y)
                 return y
 
             return [lambda s=s: call(*s) for s in sets]
 
         return calls
 
-    found = {"qplugins": partial(weight_only, variants.linear, 1)}
-    if on_hopper():
-        found["qplugins plain"] = partial(weight_only, kernel.linear, variants.WIDE)
+    found = {"qplugins": weight_only}
     if name == "fp8":
         found["qplugins w8a8"] = partial(rivals.scaled_mm, quantizer=True)
     return found

@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import qplugins.kernels.attention.op  # noqa: F401
-    import qplugins.kernels.linear.wide  # noqa: F401
+    import qplugins.kernels.linear.op  # noqa: F401
     import qplugins.kernels.moe  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]

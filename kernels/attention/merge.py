@@ -8,7 +8,7 @@ from torch import Tensor
 from qplugins.kernels.kv.page import _pow2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_la", "stride_lah", "stride_lb", "stride_lbh"])
 def merge_kernel(
     a, lse_a, b, lse_b, out, lse, rows, heads, stride_a, stride_ah, stride_la, stride_lah, stride_b, stride_bh, stride_lb, stride_lbh,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,

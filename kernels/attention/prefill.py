@@ -27,7 +27,9 @@ def _mean_shift(q, mean, piece: tl.constexpr, C: tl.constexpr, U: tl.constexpr, 
     return tl.sum(q.to(tl.float32) * x[:, None], 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_bt", "stride_lse"], do_not_specialize_on_alignment=["block_table", "context_lens", "query_start_loc"]
+)
 def prefill_kernel(
     q, pages, block_table, context_lens, query_start_loc, out, lse, sink_logits,
     stride_q, stride_qh, stride_p, stride_ph, stride_bt, stride_o, stride_oh, stride_lse, scale, soft_cap,

@@ -107,6 +107,9 @@ def after_previous(PDL: tl.constexpr):
 
     So programs are on their multiprocessors when their inputs are there, instead of being launched then ("programmatic dependent launch",
     CUDA programming guide). Nothing that another kernel may write is read before, and nothing that one may read is written.
+
+    Not for kernels of about as many programs as the GPU holds at once, as products are: those that come early go where there is room rather
+    than evenly, and some multiprocessors get more of them. On an H100 products of 64 rows and more took up to 35 % longer that way.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

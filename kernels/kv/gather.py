@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qplugins.kernels.common.device import dot, round_to
 from qplugins.kernels.kv import tile
-from qplugins.kernels.kv.page import Page, _pow2
+from qplugins.kernels.kv.page import Page, _pow2, batch_block
 from qplugins.kernels.kv.write import touched_pages
 
 
@@ -33,7 +33,7 @@ def _signs(to, d, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
     return tl.where(to[None, :] >= 0, sign, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "stride_bt"], do_not_specialize_on_alignment=["block_table", "starts", "cu_lens"])
 def gather_kernel(
     pages, block_table, starts, cu_lens, k, v,
     B, stride_p, stride_ph, stride_bt, stride_k, stride_kh, stride_v, stride_vh,
@@ -165,6 +165,6 @@ def gather(
         gather_kernel[(touched_pages(total, batch, page.page_size), heads, 2)](
             pages, block_table, starts, cu_lens, k, v,
             batch, pages.stride(0), pages.stride(1), block_table.stride(0), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            SP=max(16, _pow2(page.sinks) if page.sinks else 0), BB=_pow2(batch), PTX=tile.PTX, num_warps=warps_of(page), num_stages=1, **tile.page_constants(page, 1),
+            SP=max(16, _pow2(page.sinks) if page.sinks else 0), BB=batch_block(batch), PTX=tile.PTX, num_warps=warps_of(page), num_stages=1, **tile.page_constants(page, 1),
         )  # fmt: skip
     return k, v

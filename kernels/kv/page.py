@@ -58,6 +58,14 @@ def _pow2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def batch_block(batch: int) -> int:
+    """Length of the vectors in which a kernel holds something of each sequence of a batch: one of few, since each is a compilation."""
+    block = 32
+    while block < batch:
+        block *= 4
+    return block
+
+
 @dataclass(frozen=True)
 class Words:
     """A matrix of 16-bit words in a page: `tokens` x `columns`, for keys or values. See the top of this file."""

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.common.device import after_previous, dependent_launch
 from qplugins.kernels.linear.layout import named
 from qplugins.kernels.linear.product import block_at, constants, leave_share, product, share_k, sum_shares
 from qplugins.kernels.linear.spec import Spec
@@ -21,7 +20,7 @@ def linear_kernel(
     M, N, K, stride_x, stride_y, tiles_k, pairs, steps, split_k, stripe_m,
     CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, UP: tl.constexpr, OUT: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr, SHARED_K: tl.constexpr,
-    PTX: tl.constexpr, HOPPER: tl.constexpr, PDL: tl.constexpr,
+    PTX: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] W[n, k] + bias[n]. One program: BLOCK_N columns and BLOCK_M rows of y, and one of split_k shares of K.
 
@@ -30,7 +29,6 @@ def linear_kernel(
     row    float32 [N]                          bias   [N]
     work   float32 [blocks, split_k, BLOCK_N, BLOCK_M]                    locks  int32 [blocks], zeros
     """
-    after_previous(PDL)
     dtype: tl.constexpr = x.dtype.element_ty
     block = tl.program_id(0)
     share = tl.program_id(1)
@@ -73,5 +71,4 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
         t["row"] if bias is None else bias, out, t["row"] if work is None else work, t["locks"], m, spec.n, spec.k, x.stride(0),
         out.stride(0), tiles_k, 0 if grouped is None else grouped.shape[1], steps, split, tile.stripe_m,
         **constants(spec, x.dtype, tile), BIAS=bias is not None, SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages,
-        **dependent_launch(),
     )  # fmt: skip

@@ -1,5 +1,4 @@
-"""The weight-only product by whichever kernel suits so many rows, and what of it is compiled while a model is loaded: without that the first
-request of some length waits seconds for a compiler.
+"""Compiles, while a model is loaded, what serving will launch: without that the first request of some length waits seconds for a compiler.
 
 Triton compiles a kernel anew for each block size, and which one is used depends on the number of rows. An engine's own warming up covers the
 numbers of rows that it captures graphs for, and the largest; a prompt in between may need another block.
@@ -11,35 +10,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qplugins.kernels.common.device import on_hopper
-from qplugins.kernels.linear import kernel, wide
+from qplugins.kernels.linear.kernel import linear
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.spec import Spec, parse
 from qplugins.kernels.linear.tiles import Tile, choose
 
 MOST = 8192  # rows; for more of them the blocks stay the same
-WIDE = 256  # rows from which on wide.py is faster, where it runs at all (bench/linear.py)
 _done: set[tuple] = set()
 
 
-def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
-    """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout. See kernel.py, and wide.py for many rows on Hopper."""
-    module = wide if x.shape[0] >= WIDE and wide.refuses(spec, x, out) is None else kernel
-    module.linear(x, spec, tensors, out, bias)
-
-
 @cache
-def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool] | wide.WideTile, int]:
-    """What is compiled for up to MOST rows -> the least number of rows that it runs for. A key is a tile, for kernel.py but for what it is not
-    compiled for, and with whether programs share a block's K."""
-    found: dict[tuple[Tile, bool] | wide.WideTile, int] = {}
-    aligned = spec.n % 8 == 0 and spec.k % 8 == 0
+def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
+    """What is compiled for up to MOST rows -> the least number of rows that it runs for. A key is a tile, but for what it is not compiled for,
+    and whether programs share a block's K."""
+    found: dict[tuple[Tile, bool], int] = {}
     # every number of rows up to 128, then one of each 64, which no block of more rows divides
     for m in (*range(1, 129), *range(129, MOST + 1, 64)):
-        if m >= WIDE and aligned and on_hopper():
-            found.setdefault(wide.choose(m, spec.n, device), m)
-            continue
         tile = choose(m, spec, device)
         shared = shares(-(-spec.k // tile_k(spec)), tile)[0] > 1
         found.setdefault((replace(tile, split_k=1, stripe_m=1), shared), m)
@@ -56,11 +43,10 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
         if shard.implementation != "triton" or own[0].device.type != "cuda":
             continue
         spec, device = shard.spec, own[0].device
-        for variant, m in variants(spec, device).items():
+        for (tile, shared), m in variants(spec, device).items():
             # what else a kernel is compiled for: the format, whether steps divide K, and which sizes are multiples of 16
-            step = 1 if isinstance(variant, wide.WideTile) else variant[0].step
-            sizes = spec.k % (step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0
-            key = (device, dtype, bias, variant, replace(spec, n=0, k=0), sizes)
+            sizes = spec.k % (tile.step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0
+            key = (device, dtype, bias, tile, shared, replace(spec, n=0, k=0), sizes)
             if key not in _done:
                 _done.add(key)
                 x, y = torch.zeros(m, spec.k, dtype=dtype, device=device), torch.empty(m, spec.n, dtype=dtype, device=device)

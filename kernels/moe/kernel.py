@@ -55,7 +55,7 @@ def experts_kernel(
     N, K, stride_x, stride_y, stride_scale, blocks_m, top_k, tiles_k, pairs, steps, split_k, stripe_m,
     CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UP: tl.constexpr, OUT: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr, SHARED_K: tl.constexpr,
-    PTX: tl.constexpr, HOPPER: tl.constexpr, PDL: tl.constexpr,
+    PTX: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """y[c, n] = sum_k x[c // top_k, k] W[e, n, k] for the choices c of expert e. One program: BLOCK_N columns of one block of choices, and
     one of split_k shares of K.
@@ -66,7 +66,6 @@ def experts_kernel(
     row    float32 [E, N]        stride_scale  of an expert in scale and zero
     work   float32 [blocks, split_k, BLOCK_N, BLOCK_M]                     locks  int32 [blocks], zeros
     """
-    after_previous(PDL)
     dtype: tl.constexpr = x.dtype.element_ty
     program = tl.program_id(0)
     share = tl.program_id(1)
@@ -172,7 +171,7 @@ def multiply(x: Tensor, top_k: int, order: Tensor, blocks: Tensor, shard: Shard,
         t.get("locks", order),
         spec.n, spec.k, x.stride(0), out.stride(0), 0 if grouped is None else grouped.stride(0), blocks_m, top_k, tiles_k,
         0 if grouped is None else grouped.shape[2], steps, split, tile.stripe_m,
-        **constants(spec, x.dtype, tile), SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages, **dependent_launch(),
+        **constants(spec, x.dtype, tile), SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

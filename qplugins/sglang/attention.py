@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qplugins.kernels.attention.op import decode, decode_workspace, merge, prefill
 from qplugins.kernels.attention.ref import varlen
+from qplugins.kernels.attention.warm import Calls, warm
 from qplugins.kernels.kv.op import write
 from qplugins.kernels.kv.page import Page
 from qplugins.kv import context
@@ -60,6 +61,9 @@ class PageAttention(AttentionBackend):
         self.max_context_len = runner.model_config.context_len
         self.num_heads = compat.num_heads(runner.model_config)
         self.workspace = self._workspace(self.req_to_token.shape[0])
+        for page in dict.fromkeys(self.pool.layer_pages):
+            sizes = self.num_heads, self.pool.head_num, runner.model_config.dtype, self.req_to_token.shape[0]
+            warm(Calls(page, *sizes, lse=True), self.workspace)
         self.metadata: Metadata | None = None
         self.graph: Metadata | None = None
         if self.device.type == "cpu":

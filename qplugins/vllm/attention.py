@@ -36,6 +36,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from qplugins.kernels.attention import ref
 from qplugins.kernels.attention.op import MAX_QUERY_LEN, decode, decode_workspace, merge, prefill
+from qplugins.kernels.attention.warm import Calls, warm
 from qplugins.kernels.kv.op import write
 from qplugins.kernels.kv.page import Page
 from qplugins.kv import KV_LAYOUTS, context
@@ -62,7 +63,8 @@ class Prefill:
 
 @dataclass
 class PagedMetadata:
-    """A batch. Attributes up to `causal` are vLLM's; sequences [: num_decodes] are decodes, with num_decode_tokens tokens."""
+    """A batch. Attributes up to `causal` are vLLM's; sequences [: num_decodes] are decodes, with num_decode_tokens tokens, each with at most
+    max_decode_query_len."""
 
     num_actual_tokens: int
     max_query_len: int
@@ -74,6 +76,7 @@ class PagedMetadata:
     causal: bool
     num_decodes: int
     num_decode_tokens: int
+    max_decode_query_len: int
     prefill: Prefill | None
 
 
@@ -163,6 +166,7 @@ class PagedBuilder(AttentionMetadataBuilder[PagedMetadata]):
             True,
             decodes,
             decode_tokens,
+            min(m.max_query_len, self.reorder_batch_threshold),
             self._prefill(m, decodes, decode_tokens) if prefills else None,
         )
 
@@ -283,7 +287,7 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
                 m.query_start_loc[: m.num_decodes + 1],
                 workspace(query.device),
                 self.page,
-                max_query_len=min(m.max_query_len, MAX_QUERY_LEN),
+                max_query_len=m.max_decode_query_len,
                 max_seq_len=m.max_seq_len,
                 scale=self.scale,
                 out=output[:d],
@@ -370,7 +374,8 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def reserve(config: VllmConfig, device: torch.device) -> None:
-    """Makes the workspace, once for the largest layer and batch. Called where vLLM measures memory, and again before it captures graphs."""
+    """Makes the workspace, once for the largest layer and batch, and compiles what batches of any make-up launch. Called where vLLM measures
+    memory, and again before it captures graphs."""
     device = _numbered(device)
     batch = max(config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0)
     queries = min(max_decode_query_len(config), MAX_QUERY_LEN)
@@ -382,3 +387,7 @@ def reserve(config: VllmConfig, device: torch.device) -> None:
         found = torch.empty(0, dtype=torch.uint8) if device.type == "cpu" else decode_workspace(batch, *shape, queries, device)
         if device not in _workspaces or _workspaces[device].numel() < found.numel():
             _workspaces[device] = found
+    for i in impls:
+        if i.page:
+            traits = i.window, i.soft_cap > 0, i.sinks is not None
+            warm(Calls(i.page, i.num_heads, i.num_kv_heads, config.model_config.dtype, batch, queries, *traits), _workspaces[device])

@@ -82,7 +82,7 @@ def _product(target: str, spec, dtype: str, tile) -> tuple[dict, dict]:
     args |= dict.fromkeys(("N", "K", "stride_x", "stride_y", "tiles_k", "pairs", "steps", "split_k", "stripe_m"), "i32")
     fixed = constants(spec, torch.bfloat16 if dtype == "bf16" else torch.float16, tile)
     hopper = target == "sm_90"
-    return args, fixed | {"SHARED_K": tile.split_k > 1, "PTX": target.startswith("sm_"), "HOPPER": hopper, "PDL": hopper}
+    return args, fixed | {"SHARED_K": tile.split_k > 1, "PTX": target.startswith("sm_"), "HOPPER": hopper}
 
 
 def linear(target: str, spec, dtype: str, tile) -> dict:
@@ -113,29 +113,7 @@ def experts_order(target: str, spec, dtype: str, tile) -> dict:
     return _found(target, compile_for(target, order_kernel, args, fixed, tile.warps, tile.stages))
 
 
-def wide(target: str, spec, dtype: str, tile) -> dict:
-    """The product for many rows, with the tile of `wide.TILES` that has so many rows of W and of x. Written in Gluon, for Hopper alone."""
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from qplugins.kernels.linear import wide
-
-    args = {name: t for name, t in _product(target, spec, dtype, tile)[0].items() if name in ("codes", "row", "scale", "zero")}
-    (tile,) = (t for t, _ in wide.TILES if (t.block_n, t.block_m) == (tile.block_n, tile.block_m))
-    fixed = wide.constants(spec, torch.bfloat16 if dtype == "bf16" else torch.float16, tile) | {"BIAS": True}
-    options = {name: fixed.pop(name) for name in ("num_warps", "maxnreg")}
-    for name, columns in (("x", 64), ("y", tile.block_n // tile.consumers)):
-        args[name] = f"tensordesc<{dtype}[{tile.block_m}, {columns}],{wide.SWIZZLED!r}>"
-    args |= {"bias": f"*{dtype}"} | dict.fromkeys(("M", "N", "tiles_k", "rows", "steps", "stripe_m"), "i32")
-    names = wide.wide_kernel.arg_names
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if args.get(name, "").startswith("*")}
-    source = GluonASTSource(wide.wide_kernel, {name: args.get(name, "constexpr") for name in names}, fixed, attrs)
-    return _found(target, triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options))
-
-
-KERNELS = {"linear": linear, "experts": experts, "experts_order": experts_order, "wide": wide}
+KERNELS = {"linear": linear, "experts": experts, "experts_order": experts_order}
 
 
 def main() -> None:

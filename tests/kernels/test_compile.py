@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from qplugins.kernels.linear import wide
 from qplugins.kernels.linear.tiles import Tile
 
 SKINNY, SQUARE = Tile(64, 16, 1, 4, 4, split_k=4), Tile(128, 128, 1, 8, 3)
@@ -21,7 +20,6 @@ SPECS = (
     "e4m3*f32/row 4096x4096",
     "int8*bf16/row 4096x4096",
 )
-WIDE = [Tile(tile.block_n, tile.block_m, 1) for tile, _ in wide.TILES]
 PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -35,8 +33,6 @@ CASES = (
     + [("experts", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
     + [("experts", "sm_90", s, "bf16", tile) for s, tile in ((SPECS[0], SQUARE), (SPECS[3], SQUARE), (PLAIN, SQUARE_PLAIN))]
     + [("experts_order", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
-    + [("wide", "sm_90", s, "bf16", WIDE[0]) for s in SPECS]
-    + [("wide", "sm_90", SPECS[0], "bf16", tile) for tile in WIDE[1:]]
 )
 
 
@@ -73,21 +69,10 @@ def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
 
 @pytest.mark.parametrize(
     ("kernel", "spec", "tile"),
-    [
-        (kernel, s, tile)
-        for kernel, target, s, dtype, tile in CASES
-        if kernel != "wide" and s in SPECS and (target, dtype) == ("sm_90", "bf16")
-    ],
+    [(kernel, s, tile) for kernel, target, s, dtype, tile in CASES if s in SPECS and (target, dtype) == ("sm_90", "bf16")],
 )
 def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, spec, tile, compiled):
     found = compiled[kernel, "sm_90", spec, "bf16", *_blocks(tile)]
     assert found["wgmma"] > 0 and found["wgmma_from_registers"] == found["wgmma"]
     # see wait_for_dot: registers of a product that is not done are not safe from the next step
     assert found["pending_products"] == 0
-
-
-@pytest.mark.parametrize("tile", WIDE, ids=lambda tile: f"{tile.block_n}x{tile.block_m}")
-def test_many_rows_go_from_shared_memory_to_the_tensor_core(tile, compiled):
-    """Decoded by other warps than those that multiply, which wait for nothing but the product before the last."""
-    found = compiled["wide", "sm_90", SPECS[0], "bf16", *_blocks(tile)]
-    assert found["wgmma"] > 0 and found["wgmma_from_registers"] == 0

@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.kernels.offline import TARGETS, resources  # noqa: E402
 
 
-def compile_for(target: str, function, args: dict, constants: dict, warps: int, stages: int, registers: int | None = None):
+def compile_for(target: str, function, args: dict, constants: dict, warps: int, stages: int):
     """Pointers and all strides but the block table's and lse's count as multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -24,8 +24,7 @@ def compile_for(target: str, function, args: dict, constants: dict, warps: int, 
         if args.get(name, "").startswith("*") or (name in args and name.startswith("stride") and name not in odd)
     }
     source = ASTSource(function, signature, constants, attrs)
-    options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers and target.startswith("sm_") else {})
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps, "num_stages": stages})
 
 
 def compiled(kernel: str, target: str, text: str, group: int, queries: int):
@@ -54,9 +53,8 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
         }
         args |= {"B": "i32", **strides("q qh p ph bt o oh lse"), "scale": "fp32", "soft_cap": "fp32"}
         constants = {
-            "GROUP": group, "WINDOW": 0, "SOFT_CAP": False, "HAS_LSE": True, "HAS_SINK": False, "W": runs, "T": page.page_size // runs, "N": n, "BB": 32,
-            "LEAST": launch.pages, "FAN": launch.fan, "ROUND": launch.round, "AHEAD": launch.ahead if target == "sm_90" else 0,
-            "PTX": ptx, "PDL": target == "sm_90",
+            "GROUP": group, "WINDOW": 0, "SOFT_CAP": False, "HAS_LSE": True, "HAS_SINK": False, "MIN_PAGES": 1, "W": runs, "T": page.page_size // runs,
+            "N": n, "BB": 32, "CB": 64, "PTX": ptx, "PDL": target == "sm_90",
         }  # fmt: skip
         return compile_for(target, decode.decode_kernel, args, constants | rows | tile.page_constants(page, runs), runs, launch.stages)
     if kernel == "prefill":
@@ -93,10 +91,8 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
     constants = tile.page_constants(page, 1) | {"PDL": target == "sm_90"}
     if kernel == "write_few":
         return compile_for(target, write.write_few_kernel, args | {"heads": "i32"}, constants | {"TOKENS": 2, "HEADS": 8}, 1, 1)
-    warps, registers = write.warps_of(page), write.registers_of(page) if dtype == "*bf16" else None
-    return compile_for(
-        target, write.write_kernel, args | {"B": "i32"}, constants | {"ENOUGH": 16, "W": warps, "BB": 32}, warps, 1, registers
-    )
+    warps = write.warps_of(page)
+    return compile_for(target, write.write_kernel, args | {"B": "i32"}, constants | {"ENOUGH": 16, "W": warps, "BB": 32}, warps, 1)
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ CASES = (
         for kernel in ("gather", "write", "write_few")
         for page in ("k8v4,d128,p128,s4", "k4v4,d64/128,p64,s4")
     ]
+    # without rotation
+    + [("write", "sm_90", "k4v4,d64,p64,s4,norot", 4, 1)]
     # what needs the most shared memory
     + [("gather", "sm_90", "k8v8,d256,p128,s4", 4, 1), ("write_float32", "sm_90", "k4v4,d256,p64,s4", 4, 1)]
 )
@@ -46,8 +48,8 @@ def test_kernel_compiles(case, results):
         assert case[0] == "write_few" or found["mfma"] > 0
     assert found.get("shared", 0) <= SHARED
     if case[1] == "sm_90" and "stack" in found and case[0] != "write_float32" and "d256" not in case[2]:
-        # decode and prefill keep a few words in memory that are needed before and after their loop over pages
-        assert found["stack"] <= (64 if case[0] in ("decode", "prefill") else 0), "registers are spilled"
+        # decode and prefill keep a few words in memory that are needed before and after their loop over pages; write of k8v4 two, with Triton 3.6
+        assert found["stack"] <= {"decode": 64, "prefill": 64, "write": 8}.get(case[0], 0), "registers are spilled"
 
 
 def test_codes_of_keys_and_values_go_to_the_tensor_core_as_they_were_loaded(results):
