@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qplugins.checkpoints.files import MAX_SHARD_SIZE, TensorFiles, check_room, other_files, staged, write_others
 from qplugins.checkpoints.reader import Checkpoint
-from qplugins.formats import CheckpointError, Format
+from qplugins.formats import CheckpointError, Format, packed
 from qplugins.kernels.quantized import QuantizedTensor
 from qplugins.layer_map import Assignment, LayerMap, fused_siblings, to_config
 
@@ -75,12 +75,12 @@ class Report:
         return sorted((x for x in self.layers if x.error is not None), key=lambda x: -x.error)[:count]
 
 
-def plan(src: str | Path | Checkpoint, layer_map: LayerMap) -> Report:
+def plan(src: str | Path | Checkpoint, layer_map: LayerMap, *, pack: bool = False) -> Report:
     """What `quantize` would make of `src`, from its headers.
 
     Raises CheckpointError for a source that is malformed or quantized already, ValueError for a map that does not fit the model.
     """
-    return _plan(src, layer_map)[2]
+    return _plan(src, layer_map, pack)[2]
 
 
 def quantize(
@@ -88,12 +88,14 @@ def quantize(
     out: str | Path,
     layer_map: LayerMap,
     *,
+    pack: bool = False,
     device: str = "cpu",
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> Report:
     """Writes the checkpoint folder `src` to the new folder `out`, its matrices in the formats that `layer_map` gives them.
 
+    pack            whether matrices are stored as the GPU kernel reads them, where its layout holds them (`formats/tiles.py`)
     device          where matrices are quantized; they pass through it a block of rows at a time
     max_shard_size  bytes of one output file; a tensor that is larger has a file of its own
     progress        called after each source tensor with (bytes done, bytes in all, the tensor's name)
@@ -102,7 +104,7 @@ def quantize(
     ValueError for an unusable device, and OSError if the disk has too little room. While writing: CheckpointError for a source
     tensor with NaN or infinity, OSError for a full disk.
     """
-    source, assignment, planned = _plan(src, layer_map)
+    source, assignment, planned = _plan(src, layer_map, pack)
     if max_shard_size <= 0:
         raise ValueError(f"the largest size of a file has to be positive, is {max_shard_size}")
     check_device(device)
@@ -138,13 +140,15 @@ def quantize(
     return replace(planned, files=count, layers=tuple(layers))
 
 
-def _plan(src: str | Path | Checkpoint, layer_map: LayerMap) -> tuple[Checkpoint, Assignment, Report]:
+def _plan(src: str | Path | Checkpoint, layer_map: LayerMap, pack: bool) -> tuple[Checkpoint, Assignment, Report]:
     source = src if isinstance(src, Checkpoint) else Checkpoint.open(src)
     if source.quantization_config:
         raise CheckpointError(f"{source.path} has a quantization_config: this checkpoint is quantized already; start from the original")
     source.check()
     heads = [m for m in source.modules() if source.tied and m.name.rsplit(".", 1)[-1] == "lm_head"]
     assignment = layer_map.assign([m for m in source.modules() if m not in heads], [m.name for m in heads] or ["lm_head"] * source.tied)
+    if pack:
+        assignment = Assignment(assignment.modules, tuple(packed(fmt, m.n, m.k) for m, fmt in assignment))
     layers = []
     for module, fmt in assignment:
         if fmt.quantized and fmt.quantize is None:

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qplugins.formats import BF16, FOREIGN, FORMATS, PRODUCERS, CheckpointError, Format, producer
+from qplugins.formats import BF16, FOREIGN, FORMATS, PRODUCERS, TILES, CheckpointError, Format, producer
 from qplugins.layer_map import LayerMap, Module, is_name
 
 INDEX = "model.safetensors.index.json"
@@ -44,7 +44,7 @@ EMBEDDINGS = (
 )  # fmt: skip
 
 # ModelOpt's AWQ also scales the input by column, which nothing here does: such a layer must not pass for one without
-_PARAMS = {p.name for f in (*FORMATS.values(), *FOREIGN.values()) for p in f.params} | {"pre_quant_scale"}
+_PARAMS = {p.name for f in (*FORMATS.values(), *FOREIGN.values(), *TILES.values()) for p in f.params} | {"pre_quant_scale"}
 _NUMBERED = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -235,10 +235,11 @@ class Checkpoint:
         modules = []
         for name, group in self._grouped.items():
             fmt = self._format(name, group)
-            codes = fmt.params[0].name
-            if codes in group and len(group[codes].shape) != 2:
-                raise CheckpointError(f"{name}.{codes}: expected a matrix, found shape {list(group[codes].shape)}")
-            n, k = fmt.infer_shape(group) or (0, 0)
+            codes, shape = fmt.params[0], fmt.infer_shape(group)
+            if codes.name in group and shape is None:
+                tiles = f" in tiles of {list(codes.tile)}" if codes.tile else ""
+                raise CheckpointError(f"{name}.{codes.name}: expected a matrix{tiles}, found shape {list(group[codes.name].shape)}")
+            n, k = shape or (0, 0)
             fmt.check(name, group, n, k)
             known = {p.name for p in fmt.params}
             for p in group:

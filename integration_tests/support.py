@@ -57,6 +57,7 @@ WEIGHTS: dict[str, tuple[Cell, Cell]] = {
         Works(_ANSWERS),
         Works(SGLANG + "test_weights.py::test_modelopts_layout_and_its_own_file"),
     ),
+    "a checkpoint packed for the GPU kernel": (Works(_ANSWERS), Works(SGLANG + "test_weights.py::test_packed_on_two_ranks")),
     "mixtures of experts: gate, up and down in formats of their own": (
         Works(_ANSWERS),
         Works(SGLANG + "test_weights.py::test_experts_of_different_formats_on_two_ranks"),

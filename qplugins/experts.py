@@ -9,7 +9,7 @@ the matrices that have begun to arrive, and for a moment the experts of one laye
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,8 @@ class MixedExperts(nn.Module):
 
     def load(self, param: str, tensor: Tensor, part_id: str, expert: int) -> None:
         """Takes one checkpoint tensor of the expert that is number `expert` of this rank's. Raises CheckpointError as `Shard.load` does."""
-        if tensor.ndim > 2:
+        tile = next((p.tile for p in self.stored(part_id).params if p.name == param), ())
+        if tensor.ndim > 2 + len(tile):
             raise CheckpointError(
                 f"{self.names[expert]}: the checkpoint has the experts of a layer joined in one tensor {list(tensor.shape)}; those that are "
                 "served quantized are stored one by one"
@@ -153,7 +154,7 @@ class MixedExperts(nn.Module):
         return linear.fuse([self._pack_matrix(m) for m in matrices])
 
     def _pack_matrix(self, m: Matrix) -> Weight:
-        return moe.pack(m.weight, choose(linear.spec_of(m.weight), Machine.of(self.device), self.dtype, "experts"))
+        return moe.pack(m.weight, choose(replace(m.spec, activation=None), Machine.of(self.device), self.dtype, "experts"))
 
     def load_random(self) -> None:
         """Random matrices, the same for all experts, in place of a checkpoint's."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qplugins.dispatch import Machine, choose
 from qplugins.formats import CheckpointError, Format
 from qplugins.kernels import linear as ops
+from qplugins.kernels.linear import Spec, Weight
 from qplugins.kernels.quantized import QuantizedTensor
 
 
@@ -97,16 +98,22 @@ class Shard(nn.Module):
         if not self.format.quantized:
             return Matrix(self.format, tensors["weight"])
         input_scale = tensors["input_scale"] if self.format.activation == "tensor" else None
-        return Matrix(self.format, self.format.read(tensors, *self.span.shape), input_scale)
+        as_kernel_reads_it = self.format.weight or self.format.read
+        return Matrix(self.format, as_kernel_reads_it(tensors, *self.span.shape), input_scale)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix on its way from a checkpoint to a kernel: quantized, or plain where its format is bf16."""
+    """A matrix on its way from a checkpoint to a kernel: quantized, packed where the checkpoint is, or plain where its format is bf16."""
 
     format: Format
-    weight: QuantizedTensor | Tensor
+    weight: QuantizedTensor | Tensor | Weight
     input_scale: Tensor | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """What a kernel has to know of it."""
+        return self.weight.spec if isinstance(self.weight, Weight) else ops.spec_of(self.weight, self.format.activation)
 
 
 class MixedLinear(nn.Module):
@@ -155,7 +162,7 @@ class MixedLinear(nn.Module):
             self.shards = nn.ModuleList()
         weights = []
         for m in matrices:
-            name = choose(ops.spec_of(m.weight, m.format.activation), Machine.of(m.weight.device), dtype)
+            name = choose(m.spec, Machine.of(m.weight.device), dtype)
             weights.append(ops.pack(m.weight, name, activation=m.format.activation, input_scale=m.input_scale))
         weights = ops.fuse(weights)
         self.operands.extend(nn.Parameter(t, requires_grad=False) for w in weights for t in w.tensors)
@@ -189,10 +196,10 @@ def quantize_weight(weight: Tensor, sizes: Sequence[int], formats: Sequence[Form
 
 def pad_rows(matrix: Matrix, n: int) -> Matrix:
     """A quantized matrix with rows of zeros appended up to `n`, as engines pad a vocabulary."""
-    q = matrix.weight
-    extra = n - q.shape[0]
+    extra = n - matrix.spec.n
     if extra == 0:
         return matrix
+    q = ops.unpack(matrix.weight) if isinstance(matrix.weight, Weight) else matrix.weight
 
     def pad(t: Tensor) -> Tensor:
         return torch.cat([t.view(torch.uint8), t.new_zeros(extra, t.shape[1]).view(torch.uint8)]).view(t.dtype)

@@ -39,6 +39,16 @@ def mixed_qkv(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def packed(mixed_qkv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as the GPU kernel reads it."""
+    from qplugins.checkpoints.convert import convert
+
+    out = tmp_path_factory.mktemp("packed") / "model"
+    convert(mixed_qkv, out, pack=True)
+    return out
+
+
+@pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose quantized embedding is its output head too."""
     from integration_tests.models import tiny_llama

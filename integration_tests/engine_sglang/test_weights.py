@@ -80,6 +80,11 @@ def test_two_ranks_and_a_tied_vocabulary(tied):
         check(server, tied, dequantized_model(tied))
 
 
+def test_packed_on_two_ranks(packed):
+    with SglangServer(packed, quantization="qplugins", tensor_parallel_size=2) as server:
+        check(server, packed, dequantized_model(packed))
+
+
 def test_modelopts_layout_and_its_own_file(tiny_llama, tmp_path):
     """Which SGLang reads for its own methods only, and takes for itself wherever it is asked first."""
     meant = foreign.write(tiny_llama, tmp_path / "model", "modelopt_nvfp4")

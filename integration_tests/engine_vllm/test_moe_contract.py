@@ -79,7 +79,7 @@ def joined(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.fixture(scope="module", params=["qwen3", "mixtral", "by_class", "awq", "while_loading", "joined_while_loading"])
+@pytest.fixture(scope="module", params=["qwen3", "mixtral", "packed", "by_class", "awq", "while_loading", "joined_while_loading"])
 def loaded(request, world, plain, tmp_path_factory) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """A model as vLLM's loader leaves it, and the matrices that it should compute with."""
     if request.param == "while_loading":
@@ -94,6 +94,9 @@ def loaded(request, world, plain, tmp_path_factory) -> tuple[torch.nn.Module, di
         elif request.param == "awq":  # whose config says nothing of the router, which is plain
             folder = tmp_path_factory.mktemp("awq") / "ckpt"
             foreign.write(plain["qwen3"], folder, "awq")
+        elif request.param == "packed":
+            folder = tmp_path_factory.mktemp("packed") / "ckpt"
+            quantize(plain["qwen3"], folder, mapped(QWEN3, folder.parent), pack=True)
         else:
             folder = tmp_path_factory.mktemp(request.param) / "ckpt"
             quantize(plain[request.param], folder, mapped({"qwen3": QWEN3, "mixtral": MIXTRAL}[request.param], folder.parent))

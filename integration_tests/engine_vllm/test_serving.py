@@ -72,8 +72,8 @@ ignore: [lm_head, "re:.*mlp.gate$"]
 """
 
 
-def written(name: str, source: str, text: str | None) -> Callable:
-    """A checkpoint that qplugins writes by the map `text`, or else by the preset `balanced`."""
+def written(name: str, source: str, text: str | None, pack: bool = False) -> Callable:
+    """A checkpoint that qplugins writes by the map `text`, or else by the preset `balanced`. pack: as the GPU kernel reads it."""
 
     def make(models: Callable[[str], Path], folder: Path) -> tuple[Path, PreTrainedModel]:
         src = models(source)
@@ -82,7 +82,7 @@ def written(name: str, source: str, text: str | None) -> Callable:
         else:
             (folder / "map.yaml").write_text(text)
             layer_map = LayerMap.from_yaml(folder / "map.yaml")
-        quantize(src, folder / name, layer_map)
+        quantize(src, folder / name, layer_map, pack=pack)
         return folder / name, dequantized_model(folder / name)
 
     return make
@@ -144,6 +144,7 @@ CASES = {
     "modelopt-nvfp4": Case(laid_out("smollm2", "modelopt_nvfp4")),
     "quantized-while-loading": Case(while_loading("smollm2", "nvfp4"), quantization="qplugins-nvfp4"),
     "two-ranks": Case(written("two-ranks", "tiny_llama", TWO_RANKS), ranks=2, knows_paris=False),
+    "packed-two-ranks": Case(written("packed", "tiny_llama", TWO_RANKS, pack=True), ranks=2, knows_paris=False),
     "experts": Case(written("experts", "qwen3_moe", EXPERTS), ranks=2, knows_paris=False),
     "experts-quantized-while-loading": Case(
         while_loading("mixtral", "int4"), "qplugins-int4", ranks=2, args=("--enable-expert-parallel",), knows_paris=False

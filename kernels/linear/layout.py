@@ -32,6 +32,8 @@ Scales are stored so that fp16 can hold them as well as bf16, and that decoding 
 and the power of two that a row lost is in `row`. A matrix whose groups are of columns that do not lie side by side is stored in the order of
 its groups, and `columns` says which column of x meets each of its own; `op` applies it. `locks` holds zeros between calls: programs that
 share a tile's K count their arrivals in it.
+
+Packed checkpoints hold tiles too. Whoever moves a bit of them raises the version in `qplugins/formats/tiles.py`, so that those are refused.
 """
 
 from dataclasses import dataclass, replace
@@ -61,6 +63,10 @@ class Weight:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
 
 
 def tensor_names(implementation: str, spec: Spec) -> tuple[str, ...]:
@@ -93,14 +99,22 @@ def named(implementation: str, spec: Spec, tensors: tuple[Tensor, ...] | list[Te
 
 
 def pack(
-    q: QuantizedTensor | Tensor, implementation: str = "triton", *, activation: str | None = None, input_scale: Tensor | None = None
+    q: QuantizedTensor | Tensor | Weight,
+    implementation: str = "triton",
+    *,
+    activation: str | None = None,
+    input_scale: Tensor | None = None,
 ) -> Weight:
     """A matrix as `implementation` reads it, on the device where it is.
 
-    q            a quantized matrix, or a 16- or 32-bit float one [N, K], which only "torch" and "reference" run
+    q            a quantized matrix, also one that is packed already; or a 16- or 32-bit float one [N, K], which only "torch" and "reference" run
     activation   see Spec
     input_scale  float32 [1] or [], with activation "tensor"
     """
+    if isinstance(q, Weight):
+        if q.implementation == implementation:
+            return q
+        q = unpack(q)
     if isinstance(q, Tensor):
         if implementation not in ("torch", "reference"):
             raise ValueError(f"{implementation} runs quantized matrices; this one is {q.dtype}")
@@ -279,7 +293,7 @@ def tile_rows(spec: Spec, t: dict[str, Tensor], index: Tensor) -> tuple[Tensor, 
     def of_groups(name: str, dtype: torch.dtype) -> Tensor | None:
         if name not in t:
             return None
-        pairs = t[name].view(_INTEGERS[dtype.itemsize]).view(t[name].shape[0], -1, 8, 2, scales_per_tile(spec))[:, index // 16, g, u]
+        pairs = t[name].view(INTEGERS[dtype.itemsize]).view(t[name].shape[0], -1, 8, 2, scales_per_tile(spec))[:, index // 16, g, u]
         return (
             pairs.permute(1, 0, 2)
             .reshape(len(index), pairs.shape[0] * pairs.shape[2])[:, : spec.k // (spec.group or spec.k)]
@@ -360,13 +374,14 @@ def _group_words(spec: Spec, scale: Tensor) -> Tensor:
     size = scale.element_size()
     if size * per_tile > 4:
         raise ValueError(f"the scales of two rows do not fit 64 bits: {spec} has {per_tile} of {8 * size} bits in a tile")
-    padded = torch.nn.functional.pad(scale.view(_INTEGERS[size]), (0, -scale.shape[1] % per_tile, 0, -scale.shape[0] % TILE_N))
-    words = padded.contiguous().view(_INTEGERS[size * per_tile])
+    padded = torch.nn.functional.pad(scale.view(INTEGERS[size]), (0, -scale.shape[1] % per_tile, 0, -scale.shape[0] % TILE_N))
+    words = padded.contiguous().view(INTEGERS[size * per_tile])
     pairs = words.view(-1, 2, 8, words.shape[1]).permute(3, 0, 2, 1).contiguous()
-    return pairs.view(_INTEGERS[size * per_tile * 2]).reshape(words.shape[1], -1)
+    return pairs.view(INTEGERS[size * per_tile * 2]).reshape(words.shape[1], -1)
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# by their bytes
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def scale_word_bits(spec: Spec, zero: bool = False) -> int:

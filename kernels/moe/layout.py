@@ -15,10 +15,10 @@ from qplugins.kernels.linear.layout import tensor_names
 from qplugins.kernels.quantized import QuantizedTensor
 
 
-def pack(q: QuantizedTensor | Tensor, implementation: str) -> Weight:
+def pack(q: QuantizedTensor | Tensor | Weight, implementation: str) -> Weight:
     """One expert's matrix as `implementation`, "triton" or "reference", reads it. What it multiplies stays in 16 bits, whatever its format.
 
-    q  a quantized matrix, or a float one [N, K], which here both implementations run: a layer's experts need not all be quantized
+    q  a quantized matrix, packed or not, or a float one [N, K], which here both implementations run: a layer's experts need not all be quantized
     """
     if isinstance(q, Tensor):
         return Weight(implementation, linear.spec_of(q), (q.contiguous(),))

@@ -11,8 +11,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="A checkpoint folder of AutoAWQ, GPTQ or ModelOpt, or the GGUF file of a Llama.")],
+    src: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint folder of AutoAWQ, GPTQ or ModelOpt, or a packed one; with --packed any quantized one; or the GGUF file of a Llama."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    packed: Annotated[bool, typer.Option("--packed", help="Store matrices as the GPU kernel reads them instead.")] = False,
     dtype: Annotated[str, typer.Option(help=f"Of a GGUF file's tensors: {', '.join(DTYPES)}.")] = "bfloat16",
     json: Json = False,
 ) -> None:
@@ -21,19 +27,21 @@ def convert(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if src.is_dir():
-        _checkpoint(src, out, json)
+        _checkpoint(src, out, packed, json)
+    elif packed:
+        raise ValueError("--packed is for quantized checkpoints, which are folders")
     elif src.is_file():
         _gguf(src, out, dtype, json)
     else:
         raise ValueError(f"{src} is neither a folder nor a file")
 
 
-def _checkpoint(src: Path, out: Path, json: bool) -> None:
+def _checkpoint(src: Path, out: Path, packed: bool, json: bool) -> None:
     from qplugins.checkpoints.convert import convert as run
     from qplugins.checkpoints.reader import Checkpoint
 
     with progress_bar("converting", shown=not json) as progress:
-        done = run(src, out, progress=progress)
+        done = run(src, out, pack=packed, progress=progress)
     checkpoint = Checkpoint.open(out)
     if json:
         formats = [{"from": a, "to": b, "count": n} for (a, b), n in done.formats.items()]

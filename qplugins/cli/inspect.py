@@ -63,6 +63,7 @@ def spec(fmt: "Format", n: int, k: int, dtype) -> "Spec":
 
     from qplugins.kernels.linear import spec_of
 
+    fmt = fmt.twin or fmt  # the same values; and what it reads has shapes without values, as here
     stored = {p.name: torch.empty(p.shape(n, k), dtype=p.dtype or dtype, device="meta") for p in fmt.params if not p.optional}
     return spec_of(fmt.read(stored, n, k), fmt.activation)
 
@@ -77,8 +78,8 @@ def describe(module: "StoredModule", machine) -> dict:
     kernel, refusals = ENGINE, {}
     if module.format.quantized:
         kernel = None
-        scale = module.tensors.get("weight_scale") or module.tensors.get("scales")
-        dtype = scale.dtype if scale else torch.bfloat16
+        scales = (p.name for p in module.format.params if p.dtype is None and p.name in module.tensors)
+        dtype = next((module.tensors[name].dtype for name in scales), torch.bfloat16)
         activations = torch.float16 if dtype == torch.float16 else torch.bfloat16
         form, operation = spec(module.format, module.n, module.k, dtype), "linear"
         if EXPERT.fullmatch(module.name):  # what multiplies an expert stays in 16 bits

@@ -21,6 +21,9 @@ def quantize(
     src: Annotated[Path, typer.Argument(help="Checkpoint folder to read, 16 or 32 bits.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     map: Annotated[str, typer.Option("--map", help="A preset (balanced, nvfp4, mxfp4, int4, int8, fp8) or a YAML file.")],
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Store matrices as the GPU kernel reads them, so that a server need not repack them.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, cuda:1.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="Largest output file, as 1GiB or 500MB.")] = "1GiB",
@@ -33,7 +36,7 @@ def quantize(
 
     source = Checkpoint.open(src)
     layer_map = read_map(map, source.num_layers)
-    planned = q.plan(source, layer_map)
+    planned = q.plan(source, layer_map, pack=packed)
     if not json:
         print_plan(planned)
     if dry_run:
@@ -41,7 +44,7 @@ def quantize(
             print_json({"dry_run": True, **report_json(planned)})
         return
     with progress_bar("quantizing", shown=not json) as progress:
-        report = q.quantize(src, out, layer_map, device=device, max_shard_size=shard_bytes, progress=progress)
+        report = q.quantize(src, out, layer_map, pack=packed, device=device, max_shard_size=shard_bytes, progress=progress)
     if json:
         print_json({"dry_run": False, "out": str(out), **report_json(report)})
     else:

@@ -1,10 +1,10 @@
 """The weight formats. `FORMATS[name]` is all that there is to know of one; `format_of_scheme` finds one in a compressed-tensors config, and
-`PRODUCERS` those of other tools' configs, whose layouts are formats that are only read (`FOREIGN`)."""
+`PRODUCERS` those of other tools' configs, whose layouts are formats that are only read (`FOREIGN`). `TILES` are the kernel's own layout."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qplugins.formats import awq, fp8, gptq, modelopt
+from qplugins.formats import awq, fp8, gptq, modelopt, tiles
 from qplugins.formats.base import CheckpointError, Format, Param
 from qplugins.formats.bf16 import BF16
 from qplugins.formats.float4 import MXFP4, NVFP4
@@ -29,6 +29,8 @@ FORMATS: dict[str, Format] = {
 }
 FOREIGN: dict[str, Format] = {f.name: f for f in (*ACT_ORDER, *awq.AWQ, *gptq.GPTQ, *modelopt.MODELOPT)}
 """Found in checkpoints, and in no layer map: this project does not make them."""
+TILES: dict[str, Format] = {f.name: f for f in tiles.in_tiles((*FORMATS.values(), *ACT_ORDER))}
+"""Found in packed checkpoints, and in no layer map: packing is a choice for a whole checkpoint."""
 
 PRODUCERS: dict[str, Callable[[Mapping[str, Any]], tuple[list[tuple[str, Format]], list[str]]]] = {
     "awq": awq.rules,
@@ -53,8 +55,17 @@ def get_format(name: str) -> Format:
 
 
 def any_format(name: str) -> Format:
-    """The format of that name, also one that is only found in other tools' checkpoints."""
-    return FORMATS.get(name) or FOREIGN[name]
+    """The format of that name, also one that is found in checkpoints only."""
+    return FORMATS.get(name) or FOREIGN.get(name) or TILES[name]
+
+
+_IN_TILES = {f.twin: f for f in TILES.values()}
+
+
+def packed(fmt: Format, n: int, k: int) -> Format:
+    """What an n x k matrix in that format is packed as: the same in tiles, or what it is where they cannot hold it."""
+    tiled = _IN_TILES.get(fmt)
+    return tiled if tiled is not None and tiled.refuses(n, k) is None else fmt
 
 
 def producer(config: Mapping[str, Any]) -> str:
@@ -90,7 +101,7 @@ def _key(scheme: Mapping[str, Any], storage: str) -> tuple:
     return storage, activation, *(weights[key] for key in _WEIGHT_KEYS)
 
 
-_BY_SCHEME = {_key(f.scheme, f.scheme["format"]): f for f in (*FORMATS.values(), *FOREIGN.values()) if f.scheme}
+_BY_SCHEME = {_key(f.scheme, f.scheme["format"]): f for f in (*FORMATS.values(), *FOREIGN.values(), *TILES.values()) if f.scheme}
 
 
 def format_of_scheme(scheme: Mapping[str, Any], default_format: str | None = None) -> Format:
@@ -108,6 +119,8 @@ def format_of_scheme(scheme: Mapping[str, Any], default_format: str | None = Non
         storage = "float-quantized" if weights.get("type") == "float" else "int-quantized"
     fmt = _BY_SCHEME.get(_key(scheme, storage))
     if fmt is None:
+        if reason := tiles.refuses(storage):
+            raise ValueError(reason)
         shown = {k: weights.get(k) for k in _WEIGHT_KEYS}
         raise ValueError(
             f"no format stores {storage} weights with {shown}; supported are {', '.join(f.name for f in FORMATS.values() if f.scheme)}"
@@ -121,11 +134,13 @@ __all__ = [
     "FOREIGN",
     "FORMATS",
     "PRODUCERS",
+    "TILES",
     "CheckpointError",
     "Format",
     "Param",
     "any_format",
     "format_of_scheme",
     "get_format",
+    "packed",
     "producer",
 ]

@@ -3,8 +3,8 @@
     matrix --quantize--> QuantizedTensor --store--> {"weight_packed": ..., "weight_scale": ...}      what a checkpoint holds
                          QuantizedTensor <--read---                                                  what a kernel starts from
 
-Names, dtypes and shapes are those of the compressed-tensors library, so that each side reads what the other wrote. How other producers lay out
-the same values is a `Format` too, one that is only read: its `twin` is the format that stores those values here.
+Names, dtypes and shapes are those of the compressed-tensors library, so that each side reads what the other wrote. Another layout of the same
+values, another producer's or a kernel's own, is a `Format` too: its `twin` is the format that stores those values in that library's layout.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qplugins.kernels.linear.layout import Weight
 from qplugins.kernels.linear.spec import SCALES, Spec
 from qplugins.kernels.quantized import QuantizedTensor
 
@@ -44,6 +45,7 @@ class Param:
            scale a row, (8, 128) eight rows' zero points in an int32, a column a group. None: the tensor does not follow W, see `size`.
     axes   the axis of W that each dimension follows: (0, 1) for [N, K], (1, 0) for a transposed tensor, (1,) for one number a column
     size   its shape, where it does not follow W
+    tile   the shape of one element, where it holds many numbers; in the last one of W's rows some may be padding
     optional  a layer may lack it, and nothing that runs here reads it
     writes    the dtype that is written where `dtype` leaves a choice; None for the model's own
     """
@@ -53,12 +55,13 @@ class Param:
     per: tuple[int | None, int | None] | None
     axes: tuple[int, ...] = (0, 1)
     size: tuple[int, ...] = (1,)
+    tile: tuple[int, ...] = ()
     optional: bool = False
     writes: torch.dtype | None = None
 
     def shape(self, n: int, k: int) -> tuple[int, ...]:
         """The tensor's shape for a W of n rows and k columns."""
-        return self.size if self.per is None else tuple(_cells((n, k)[axis], self.per[axis]) for axis in self.axes)
+        return self.size if self.per is None else tuple(_cells((n, k)[axis], self.per[axis]) for axis in self.axes) + self.tile
 
     def check(self, where: str, found_dtype: torch.dtype, found_shape: tuple[int, ...], n: int, k: int) -> None:
         """Raises CheckpointError unless dtype and shape are right. `where` is the tensor's full name."""
@@ -81,11 +84,16 @@ class Param:
             (start, stop), per, what = (rows, columns)[axis], self.per[axis], ("rows", "columns")[axis]
             if per is None:
                 continue
-            whole = stop == start + tensor.shape[dim] * per or (start == 0 and -(-stop // per) == tensor.shape[dim])
+            whole = stop == start + tensor.shape[dim] * per or -(-stop // per) == tensor.shape[dim]
             if start % per or (stop % per and not whole):
+                other = (
+                    "a checkpoint that is not packed (`qplugins convert` makes one)"
+                    if self.tile
+                    else "a format with smaller groups for this layer"
+                )
                 raise CheckpointError(
                     f"{where}: {what} {start}..{stop} of this rank do not fall on multiples of {per}; use a tensor parallel size that "
-                    f"divides the {what} into multiples of {per}, or a format with smaller groups for this layer"
+                    f"divides the {what} into multiples of {per}, or {other}"
                 )
             tensor = tensor.narrow(dim, start // per, _cells(stop, per) - start // per)
         return tensor
@@ -102,9 +110,10 @@ class Format:
     quantize    (W float [N, K], amax) -> QuantizedTensor. `amax` is the largest magnitude that a scale of the whole matrix must cover,
                 None for W's own; siblings of a fused layer share it. None for a format that is only read.
     store, read  between a QuantizedTensor and the stored tensors; `read` takes them and (N, K)
+    weight      of a layout that is the kernel's own: what `read` takes -> the same tensors as the kernel takes them
     problem     what is wrong with stored values that no shape shows, as a sentence that starts with the tensor's name, or None; takes what
                 `read` takes
-    twin        of a layout that is only read: the format that stores the same values as this project writes them
+    twin        of another layout than the compressed-tensors library's: the format that stores the same values in that one
     permuted    whether the columns of a group lie anywhere in W, as a stored index says, rather than side by side
     """
 
@@ -117,6 +126,7 @@ class Format:
     quantize: Callable[[Tensor, Tensor | None], QuantizedTensor] | None = field(repr=False, default=None)
     store: Callable[[QuantizedTensor], dict[str, Tensor]] | None = field(repr=False, default=None)
     read: Callable[[Mapping[str, Tensor], int, int], QuantizedTensor] | None = field(repr=False, default=None)
+    weight: Callable[[Mapping[str, Tensor], int, int], Weight] | None = field(repr=False, default=None)
     problem: Callable[[Mapping[str, Tensor], int, int], str | None] = field(repr=False, default=lambda tensors, n, k: None)
     twin: "Format | None" = field(repr=False, default=None)
     permuted: bool = False
@@ -134,14 +144,18 @@ class Format:
     @property
     def shares_amax(self) -> bool:
         """Whether one stored number scales the whole matrix. Engines keep one such number for a fused layer, so its parts have to agree."""
-        return any(p.per is None and p.name.startswith("weight") and not p.optional for p in self.params)
+        return any(p.per is None and p.name.startswith("weight") and not p.optional for p in (self.twin or self).params)
 
     def infer_shape(self, tensors: Mapping[str, Described]) -> tuple[int, int] | None:
-        """(N, K) of a layer, from the tensor that holds its codes; None where that is missing or no matrix."""
+        """(N, K) of a layer, from the tensor that holds its codes; None where that is missing or no matrix.
+
+        Tiles may be padded along N, which the first tensor that is not in tiles then tells.
+        """
         codes = self.params[0]
-        if codes.name not in tensors or len(shape := tensors[codes.name].shape) != 2:
+        if codes.name not in tensors or len(tensors[codes.name].shape) != 2 + len(codes.tile):
             return None
-        n, k = (shape[codes.axes.index(axis)] * codes.per[axis] for axis in (0, 1))
+        in_full = (p for p in self.params if not p.tile and 0 in p.axes and p.name in tensors and len(tensors[p.name].shape) == len(p.axes))
+        n, k = (tensors[p.name].shape[p.axes.index(axis)] * p.per[axis] for axis, p in enumerate((next(in_full, codes), codes)))
         return n, k
 
     def refuses(self, n: int, k: int) -> str | None:
@@ -151,8 +165,11 @@ class Format:
         for p in self.params:
             if p.per is not None and p.per[1] is not None and k % p.per[1]:
                 return f"K = {k} is not a multiple of {p.per[1]}, which {p.name} of {self.name} packs together"
-        if n % (per := self.params[0].per[0]):
-            return f"N = {n} is not a multiple of {per}, which {self.params[0].name} of {self.name} packs together"
+        codes = self.params[0]
+        if codes.tile and k == self.group_size:
+            return f"K = {k} is a single group, and {self.name} stores the scales of several"
+        if not codes.tile and n % codes.per[0]:
+            return f"N = {n} is not a multiple of {codes.per[0]}, which {codes.name} of {self.name} packs together"
         return None
 
     def refuses_cut(self, columns: tuple[int, int], k: int) -> str | None:
