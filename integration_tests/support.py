@@ -72,9 +72,9 @@ WEIGHTS: dict[str, tuple[Cell, Cell]] = {
     ),
 }
 KV: dict[str, tuple[Cell, Cell]] = {
-    "prefix cache": (Works(VLLM + "test_kv.py::test_prompt_served_cold_and_from_the_prefix_cache", "H100"), Works(_PAGES)),
+    "prefix cache": (Works(VLLM + "test_kv.py::test_prompt_served_cold_and_from_the_prefix_cache", "H100"), Works(_PAGES, "H100")),
     "chunked prefill": (Works(VLLM + "test_kv.py::test_prompt_in_small_chunks"), Works(_PAGES)),
-    "many requests at once": (Works(VLLM + "test_kv.py::test_eight_clients_at_once_get_what_one_gets", "H100"), Works(_PAGES)),
+    "many requests at once": (Works(VLLM + "test_kv.py::test_eight_clients_at_once_get_what_one_gets", "H100"), Works(_PAGES, "H100")),
     "preemption": (Works(VLLM + "test_kv.py::test_preemption_changes_nothing_but_rounding"), None),
     "a layout per layer": (
         Works(VLLM + "test_kv.py::test_checkpoint_that_names_its_kv"),

@@ -29,6 +29,16 @@ def markdown(header: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def _figures(name: str) -> dict | None:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _where(data: dict) -> str:
+    names = {"device": "", "torch": "torch ", "triton": "Triton ", "vllm": "vLLM ", "sglang": "SGLang ", "commit": "commit "}
+    return ", ".join(f"{label}{data[key]}" for key, label in names.items() if key in data)
+
+
 def formats() -> str:
     """Every format: bits a weight of a 4096 x 4096 matrix, where its scales are, what a checkpoint calls it."""
     lines = []
@@ -52,10 +62,9 @@ def presets() -> str:
 
 def linear() -> str:
     """The newest bench/results/linear.json: time relative to the fastest rival, by rows of x."""
-    file = RESULTS / "linear.json"
-    if not file.exists():
+    data = _figures("linear")
+    if data is None:
         return "Not measured yet: `make bench`."
-    data = json.loads(file.read_text())
     times: dict[tuple, dict[str, float]] = {}
     for row in data["rows"]:
         case = row["case"]
@@ -71,9 +80,47 @@ def linear() -> str:
             ]
             cell.append(f"{statistics.geometric_mean(ratios):.2f}" if ratios else "")
         lines.append(cell)
-    head = f"{data['device']}, torch {data['torch']}, Triton {data['triton']}, vLLM {data.get('vllm', '-')}, commit {data['commit']}."
+    head = f"{_where(data)}."
     table = markdown(("format", "rows", *(f"{i} / qplugins" for i in impls)), lines)
     return f"{head} Time of the other over ours, geometric mean over the shapes; above 1 qplugins is faster.\n\n{table}"
+
+
+def attention() -> str:
+    """bench/results/attention.json: microseconds of one layer, and what they are of the time that reading or writing the pages takes."""
+    data = _figures("attention")
+    if data is None:
+        return "Not measured yet: `make bench OP=attention`."
+    by_case: dict[tuple, dict[str, dict]] = {}
+    for row in data["rows"]:
+        by_case.setdefault((row["case"]["op"], row["case"]["case"]), {})[row["impl"]] = row
+    impls = ["fa3 bf16", "fa3 fp8", *(x for x in KV_LAYOUTS if any(x in rows for rows in by_case.values()))]
+    lines = []
+    for (op, case), rows in by_case.items():
+        rows |= {x: rows[f"{x}, gathered for fa3"] for x in impls if f"{x}, gathered for fa3" in rows}  # what both engines do
+        cells = [f"{rows[i]['us']:,.{0 if rows[i]['us'] > 100 else 1}f}" if i in rows and rows[i]["us"] else "" for i in impls]
+        floor = f"{rows['int4_sink']['us'] / rows['int4_sink']['floor_us']:.2f}" if op == "decode" else ""
+        lines.append((op, case, *cells, floor))
+    heads = "32 query heads, 8 KV heads, head_dim 128, microseconds a layer"
+    return f"{_where(data)}; {heads}.\n\n" + markdown(("", "", *(f"`{i}`" for i in impls), "int4_sink, of its floor"), lines)
+
+
+def engines() -> str:
+    """bench/results/engine_vllm.json, engine_sglang.json: an output token's milliseconds with each KV dtype."""
+    lines, heads = [], []
+    for engine, file, key in (("vLLM", "engine_vllm", "kv"), ("SGLang", "engine_sglang", "kv_cache_dtype")):
+        if (data := _figures(file)) is None:
+            continue
+        heads.append(f"{engine}: {_where(data)}, `{data['command']}`")
+        rows = {row[key]: row for row in data["rows"]}
+        for name, row in rows.items():
+            more = f"{row['tokens_per_gib'] / rows['auto']['tokens_per_gib']:.2f}"
+            shapes = [row.get("16x8192_token_ms", row.get("16x8192_ms")), row.get("8x32768_token_ms", row.get("8x32768_ms"))]
+            prefill = row.get("8x32768_prefill_s")
+            lines.append((engine, f"`{name}`", more, *(f"{x:.2f}" if x else "none" for x in shapes), f"{prefill:.2f}" if prefill else ""))
+    if not lines:
+        return "Not measured yet: `make bench OP=engine_vllm`."
+    columns = "engine", "KV cache", "tokens that fit, of 16 bits", "16 x 8,192: ms a token", "8 x 32,768: ms a token", "its prompts, s"
+    return markdown(columns, lines) + "\n\n" + "; ".join(heads) + "."
 
 
 def kv() -> str:
@@ -87,10 +134,9 @@ def kv() -> str:
 
 def kv_quality() -> str:
     """bench/results/kv_ablation.json: what each layout, and each part of the method, costs."""
-    file = RESULTS / "kv_ablation.json"
-    if not file.exists():
+    data = _figures("kv_ablation")
+    if data is None:
         return "Not measured yet: `python bench/kv_ablation.py`."
-    data = json.loads(file.read_text())
     texts = {name: {r["cache"]: r for r in text["rows"]} for name, text in data["texts"].items()}
     lines = []
     for cache, row in next(iter(texts.values())).items():
@@ -120,10 +166,9 @@ def support() -> str:
 
 def choice() -> str:
     """bench/results/choose.json: presets, and what was chosen at the same bits."""
-    file = RESULTS / "choose.json"
-    if not file.exists():
+    data = _figures("choose")
+    if data is None:
         return "Not measured yet: `python bench/choose.py`."
-    data = json.loads(file.read_text())
     texts = list(data["unquantized"])
     lines = [("unquantized", "16.00", "", *(cell for t in texts for cell in ("", f"{data['unquantized'][t]:.2f}")))]
     for row in sorted(data["rows"], key=lambda r: -round(r["bits"], 2)):
@@ -143,7 +188,7 @@ def choice() -> str:
     return f"{head}\n\n{table}\n\nOf {count} matrices, each alone, KL predicted and measured: {told}."
 
 
-TABLES = {f.__name__: f for f in (formats, presets, choice, linear, kv, kv_quality, support)}
+TABLES = {f.__name__: f for f in (formats, presets, choice, linear, attention, engines, kv, kv_quality, support)}
 
 
 def render(text: str) -> str:
