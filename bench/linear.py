@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from bench import rivals  # noqa: E402
 from bench.common import Row, rel_rms, save, table  # noqa: E402
 from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
-from qplugins.kernels.linear import kernel, workload  # noqa: E402
+from qplugins.kernels.linear import dense, kernel, variants, workload  # noqa: E402
 from qplugins.kernels.linear.ref import matmul  # noqa: E402
 
 TOLERANCE = 0.012  # of |y|: two roundings to bf16 are 0.003, x rounded to e4m3 is not held to it
@@ -22,23 +22,25 @@ E4M3_TOLERANCE = 0.05
 
 
 def own(name: str):
-    """qplugins' weight-only kernel, and for fp8 its W8A8 product too."""
+    """qplugins' weight-only product, beside it the one kernel that all rows could have, and for fp8 the W8A8 product."""
 
-    def weight_only(q, count):
+    def weight_only(linear, least, q, count):
         sets = workload.layer(name, *q.shape, count, q)
 
         def calls(x):
+            if x.shape[0] < least:
+                raise NotImplementedError(f"is for {least} rows and more")
             y = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device=x.device)
 
             def call(spec, tensors):
-                kernel.linear(x, spec, tensors, y)
+                linear(x, spec, tensors, y)
                 return y
 
             return [lambda s=s: call(*s) for s in sets]
 
         return calls
 
-    found = {"qplugins": weight_only}
+    found = {"qplugins": partial(weight_only, variants.linear, 1), "qplugins kernel": partial(weight_only, kernel.linear, dense.LEAST_ROWS)}
     if name == "fp8":
         found["qplugins w8a8"] = partial(rivals.scaled_mm, quantizer=True)
     return found

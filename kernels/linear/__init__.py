@@ -3,7 +3,7 @@
     weight = pack(quantized_tensor, "triton")
     y = linear(x, weight.tensors, plan([(weight.implementation, weight.spec)]), bias)
 
-spec.py says what a layer is, layout.py how it lies in memory, ref.py what is computed, kernel.py how on a GPU.
+spec.py says what a layer is, layout.py how it lies in memory, ref.py what is computed, kernel.py and dense.py how on a GPU, for few rows and for many.
 """
 
 from qplugins.kernels.linear.layout import Weight, fuse, pack, unpack

@@ -7,7 +7,7 @@ CPU tensors run the reference, whatever implementation the plan names.
 import torch
 from torch import Tensor
 
-from qplugins.kernels.linear import fp8, kernel, ref
+from qplugins.kernels.linear import fp8, ref, variants
 from qplugins.kernels.linear.spec import Shard, parse
 
 _library = torch.library.Library("qplugins", "FRAGMENT")
@@ -30,7 +30,7 @@ def _run_scaled_mm(x: Tensor, shard: Shard, tensors: list[Tensor], out: Tensor, 
 
 
 def _run_triton(x: Tensor, shard: Shard, tensors: list[Tensor], out: Tensor, bias: Tensor | None) -> None:
-    kernel.linear(x, shard.spec, tensors, out, bias)
+    variants.linear(x, shard.spec, tensors, out, bias)
 
 
 def _run_reference(x: Tensor, shard: Shard, tensors: list[Tensor], out: Tensor, bias: Tensor | None) -> None:

@@ -109,11 +109,11 @@ def _value(
 
 
 @triton.jit
-def _load(
+def load(
     words, scale, zero, tile, tiles_k, pairs, pair,
     SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN_K: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Codes, scales and zero points of the tiles `tile` [STEP] of K: what `_decode` takes."""
+    """Codes, scales and zero points of the tiles `tile` [STEP] of K: what `decoded` takes."""
     if EVEN_K:
         w = tl.load(words)
     else:
@@ -177,6 +177,25 @@ def _decode2(
 
 
 @triton.jit
+def decoded(
+    w, sw, zw, CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UP: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """What `load` returned -> the weights [BLOCK_N, columns of STEP tiles], but for `row` and OUT."""
+    SPANS: tl.constexpr = 4 if CODE == "int4" or CODE == "e2m1" else 2  # codes a word
+    PER_TILE: tl.constexpr = 1 if GROUP == 0 or GROUP >= 16 * SPANS else 16 * SPANS // GROUP  # scales of a row in one tile
+    SPAN: tl.constexpr = SPANS // PER_TILE
+    if SPANS == 4:
+        d0, d1, d2, d3 = _decode4(w, sw, zw, CODE, SCALE, SPAN, PER_TILE, ZERO, UP, BLOCK_N, STEP, dtype, PTX)
+        # join appends an axis: [n, step, c, j & 1, j >> 1]
+        d = tl.join(tl.join(d0, d1), tl.join(d2, d3)).permute(0, 1, 4, 3, 2)
+    else:
+        d0, d1 = _decode2(w, sw, zw, CODE, SCALE, SPAN, PER_TILE, ZERO, UP, BLOCK_N, STEP, dtype, PTX)
+        d = tl.join(d0, d1).permute(0, 1, 3, 2)
+    return d.reshape(BLOCK_N, STEP * 16 * SPANS)
+
+
+@triton.jit
 def product(
     xs, m_in, codes, scale, zero, block_n, share, steps, N, K, tiles_k, pairs,
     CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UP: tl.constexpr, EVEN_K: tl.constexpr,
@@ -191,8 +210,6 @@ def product(
     SPANS: tl.constexpr = 4 if CODE == "int4" or CODE == "e2m1" else 2  # codes a word
     TILE_K: tl.constexpr = 16 * SPANS
     TILES: tl.constexpr = BLOCK_N // 64
-    PER_TILE: tl.constexpr = 1 if GROUP == 0 or GROUP >= TILE_K else TILE_K // GROUP  # scales of a row in one tile
-    SPAN: tl.constexpr = SPANS // PER_TILE
     TILES_PER_GROUP: tl.constexpr = 1 if GROUP <= TILE_K else GROUP // TILE_K
 
     first = share * steps * STEP  # this share's first tile of K
@@ -209,15 +226,9 @@ def product(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i in range(0, count):
         xt = load_x(xs, k + i * STEP * TILE_K, m_in, K, EVEN_K)
-        w, sw, zw = _load(words, scale, zero, first + i * STEP + step, tiles_k, pairs, pair, SCALE, GROUP, ZERO, EVEN_K, TILES_PER_GROUP)
-        if SPANS == 4:
-            d0, d1, d2, d3 = _decode4(w, sw, zw, CODE, SCALE, SPAN, PER_TILE, ZERO, UP, BLOCK_N, STEP, dtype, PTX)
-            # join appends an axis: [n, step, c, j & 1, j >> 1]
-            d = tl.join(tl.join(d0, d1), tl.join(d2, d3)).permute(0, 1, 4, 3, 2)
-        else:
-            d0, d1 = _decode2(w, sw, zw, CODE, SCALE, SPAN, PER_TILE, ZERO, UP, BLOCK_N, STEP, dtype, PTX)
-            d = tl.join(d0, d1).permute(0, 1, 3, 2)
-        acc = dot(d.reshape(BLOCK_N, STEP * TILE_K), xt, wait_for_dot(acc, HOPPER))
+        w, sw, zw = load(words, scale, zero, first + i * STEP + step, tiles_k, pairs, pair, SCALE, GROUP, ZERO, EVEN_K, TILES_PER_GROUP)
+        d = decoded(w, sw, zw, CODE, SCALE, GROUP, ZERO, UP, BLOCK_N, STEP, dtype, PTX)
+        acc = dot(d, xt, wait_for_dot(acc, HOPPER))
         words += STEP * 1024
         xs += STEP * TILE_K
     return acc

@@ -1,4 +1,5 @@
-"""Compiles, while a model is loaded, what serving will launch: without that the first request of some length waits seconds for a compiler.
+"""The weight-only product by whichever kernel suits so many rows, and what of it is compiled while a model is loaded: without that the first
+request of some length waits seconds for a compiler.
 
 Triton compiles a kernel anew for each block size, and which one is used depends on the number of rows. An engine's own warming up covers the
 numbers of rows that it captures graphs for, and the largest; a prompt in between may need another block.
@@ -10,14 +11,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qplugins.kernels.linear.kernel import linear
+from qplugins.kernels.linear import dense, kernel
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.spec import Spec, parse
 from qplugins.kernels.linear.tiles import Tile, choose
 
-MOST = 8192  # rows; for more of them the blocks stay the same
+MOST = dense.LEAST_ROWS - 1  # rows that kernel.py has
 _done: set[tuple] = set()
+
+
+def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
+    """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see kernel.py and dense.py. M > 0."""
+    module = dense if x.shape[0] >= dense.LEAST_ROWS else kernel
+    module.linear(x, spec, tensors, out, bias)
 
 
 @cache
@@ -34,7 +41,7 @@ def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
 
 
 def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> None:
-    """Runs the weight-only kernel's shards of a plan, once for each variant that no call before had. Nothing happens off the GPU.
+    """Runs the weight-only kernels for the shards of a plan, once for each variant that no call before had. Nothing happens off the GPU.
 
     tensors  of all shards       dtype  of x       bias  whether the layer has one
     """
@@ -50,4 +57,8 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
             if key not in _done:
                 _done.add(key)
                 x, y = torch.zeros(m, spec.k, dtype=dtype, device=device), torch.empty(m, spec.n, dtype=dtype, device=device)
-                linear(x, spec, own, y, torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)
+                kernel.linear(x, spec, own, y, torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)
+        key = (device, dtype, replace(spec, n=0, k=0), spec.k % (dense.TILE.step * tile_k(spec)) == 0, spec.k % 16 == 0)
+        if key not in _done:
+            _done.add(key)
+            dense.decode(spec, own, 0, torch.empty(min(spec.n, 64), spec.k, dtype=dtype, device=device))

@@ -113,7 +113,18 @@ def experts_order(target: str, spec, dtype: str, tile) -> dict:
     return _found(target, compile_for(target, order_kernel, args, fixed, tile.warps, tile.stages))
 
 
-KERNELS = {"linear": linear, "experts": experts, "experts_order": experts_order}
+def dense(target: str, spec, dtype: str, tile) -> dict:
+    """What decodes a whole matrix for one spec, compiled."""
+    from qplugins.kernels.linear.dense import decode_kernel
+
+    args, fixed = _product(target, spec, dtype, tile)
+    own = ("codes", "row", "scale", "zero", "N", "K", "tiles_k", "pairs")
+    args = {name: t for name, t in args.items() if name in own} | {"out": f"*{dtype}", "first_row": "i32"}
+    fixed = {name: fixed[name] for name in decode_kernel.arg_names if name in fixed}
+    return _found(target, compile_for(target, decode_kernel, args, fixed, tile.warps, 1))
+
+
+KERNELS = {"linear": linear, "dense": dense, "experts": experts, "experts_order": experts_order}
 
 
 def main() -> None:

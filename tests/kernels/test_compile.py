@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qplugins.kernels.linear.dense import TILE as DENSE
 from qplugins.kernels.linear.tiles import Tile
 
 SKINNY, SQUARE = Tile(64, 16, 1, 4, 4, split_k=4), Tile(128, 128, 1, 8, 3)
@@ -32,6 +33,8 @@ CASES = (
     + [("experts", target, SPECS[0], "bf16", SKINNY) for target in TARGETS]
     + [("experts", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
     + [("experts", "sm_90", s, "bf16", tile) for s, tile in ((SPECS[0], SQUARE), (SPECS[3], SQUARE), (PLAIN, SQUARE_PLAIN))]
+    + [("dense", target, SPECS[0], "bf16", DENSE) for target in TARGETS]
+    + [("dense", "sm_90", s, "bf16", DENSE) for s in SPECS[1:]]
     + [("experts_order", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
 )
 
@@ -62,14 +65,18 @@ def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
     found = compiled[kernel, target, spec, dtype, *_blocks(tile)]
     assert "error" not in found, found["error"]
     if target == "gfx942":
-        assert found["mfma"] > 0 or kernel == "experts_order"
+        assert found["mfma"] > 0 or kernel in ("dense", "experts_order")
     elif "stack" in found:
         assert found["stack"] == 0, "registers are spilled"
 
 
 @pytest.mark.parametrize(
     ("kernel", "spec", "tile"),
-    [(kernel, s, tile) for kernel, target, s, dtype, tile in CASES if s in SPECS and (target, dtype) == ("sm_90", "bf16")],
+    [
+        (kernel, s, tile)
+        for kernel, target, s, dtype, tile in CASES
+        if kernel != "dense" and s in SPECS and (target, dtype) == ("sm_90", "bf16")
+    ],
 )
 def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, spec, tile, compiled):
     found = compiled[kernel, "sm_90", spec, "bf16", *_blocks(tile)]
