@@ -10,6 +10,7 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
+from torch.overrides import TorchFunctionMode
 
 from qplugins.formats import ALIASES, BF16, FORMATS, CheckpointError, format_of_scheme, get_format
 from qplugins.formats.float4 import round_e2m1
@@ -175,6 +176,28 @@ def test_siblings_share_one_global_scale(name):
     key = "weight_global_scale" if name == "nvfp4" else "weight_scale"
     assert stored[0][key].equal(stored[1][key]) and FORMATS[name].shares_amax
     assert not FORMATS["fp8"].shares_amax and not FORMATS["int4_g128"].shares_amax and not BF16.shares_amax
+
+
+class DivisionOfGPUs(TorchFunctionMode):
+    """PyTorch's on a GPU: by a number of Python's, a product with its rounded inverse (BinaryDivTrueKernel.cu)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.div, torch.Tensor.__truediv__, torch.div) and isinstance(args[1], int | float):
+            return args[0] * (1 / torch.tensor(args[1], dtype=torch.float32))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", MADE)
+def test_a_gpu_divides_to_the_same_bytes(name, dtype):
+    # of few distinct values, of which many lie half way between two codes
+    rows = [torch.randint(-8, 8, (8, 256), generator=torch.Generator().manual_seed(seed)).to(dtype) * 0.013 * seed for seed in range(1, 33)]
+    for w in rows:
+        want = FORMATS[name].store(FORMATS[name].quantize(w, None))
+        with DivisionOfGPUs():
+            got = FORMATS[name].store(FORMATS[name].quantize(w, None))
+        for param, t in want.items():
+            assert got[param].view(torch.uint8).equal(t.view(torch.uint8)), param
 
 
 # --- the search

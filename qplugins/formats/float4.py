@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qplugins.formats.base import Format, Param
 from qplugins.formats.packing import pack_pairs, unpack_pairs
-from qplugins.formats.search import least_squares
+from qplugins.formats.search import least_squares, quotient
 from qplugins.kernels.decode.e2m1 import E2M1, MAX
 from qplugins.kernels.decode.e4m3 import MAX as E4M3_MAX
 from qplugins.kernels.quantized import QuantizedTensor
@@ -47,13 +47,13 @@ def _decode(codes: Tensor, scale: Tensor) -> Tensor:
 
 def _quantize_nvfp4(w: Tensor, amax: Tensor | None) -> QuantizedTensor:
     largest = (w.abs().amax() if amax is None else amax).to(torch.float32).clamp_min(TINY)
-    factor = largest / (MAX * E4M3_MAX)
+    factor = quotient(largest, MAX * E4M3_MAX)
 
     def candidates(x: Tensor) -> Iterable[tuple[Tensor]]:
         top = x.abs().amax(-1) / factor
         for target in NVFP4_TARGETS:
             # 2 ** -9 is e4m3's smallest: a block that needs less becomes zeros
-            block = (top / target).clamp(2**-9, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+            block = quotient(top, target).clamp(2**-9, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
             yield (block * factor,)
 
     codes, scale = least_squares(w, 16, candidates, _encode, _decode)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qplugins.formats.base import Format, Param
+from qplugins.formats.search import quotient
 from qplugins.kernels.decode.e4m3 import MAX
 from qplugins.kernels.quantized import QuantizedTensor
 
@@ -25,7 +26,7 @@ def _quantize(w: Tensor, per_row: bool, amax: Tensor | None) -> QuantizedTensor:
         largest = w.abs().amax(1, keepdim=True)
     else:
         largest = (w.abs().amax() if amax is None else amax.to(w)).expand(w.shape[0], 1)
-    scale = (largest.clamp_min(TINY) / MAX).contiguous()
+    scale = quotient(largest.clamp_min(TINY), MAX).contiguous()
     codes = (w / scale).clamp_(-MAX, MAX).to(torch.float8_e4m3fn)
     return QuantizedTensor("e4m3", codes.view(torch.uint8), scale)
 

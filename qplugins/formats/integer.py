@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qplugins.formats.base import Format, Param
 from qplugins.formats.packing import pack_int32, unpack_int32
-from qplugins.formats.search import least_squares
+from qplugins.formats.search import least_squares, quotient
 from qplugins.kernels.quantized import QuantizedTensor
 
 TINY = 2.0**-24  # of a group of zeros: float16's smallest, so that no scale is rounded to zero
@@ -63,7 +63,7 @@ def _quantize(w: Tensor, bits: int, group_size: int | None, symmetric: bool) -> 
         for clip in clips:
             if symmetric:
                 # -half is one step further out than half - 1: either end may bound the scale
-                scale = torch.maximum(hi / (half - 1), -lo / half).mul(clip).clamp_min(TINY).to(dtype).to(torch.float32)
+                scale = torch.maximum(quotient(hi, half - 1), -lo / half).mul(clip).clamp_min(TINY).to(dtype).to(torch.float32)
                 yield scale, torch.zeros_like(scale)
             else:
                 scale = (hi.clamp_min(0) - lo.clamp_max(0)).mul(clip / (2 * half - 1)).clamp_min(TINY).to(dtype).to(torch.float32)
