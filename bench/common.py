@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,20 +28,6 @@ class Row:
     floor_us: float
     note: str = ""
     error: float | None = field(default=None)
-
-
-def start_together(stack: ExitStack, servers: Sequence[AbstractContextManager]) -> list[AbstractContextManager]:
-    """Starts all servers at once, to end with `stack`. What comes back are contexts of the servers, or of the errors that starting them raised."""
-    # its threads end after the servers: a server ends with the thread that started it
-    threads = stack.enter_context(ThreadPoolExecutor(len(servers)))
-    starting = [threads.submit(stack.enter_context, server) for server in servers]
-    wait(starting)
-
-    @contextmanager
-    def started(future):
-        yield future.result()
-
-    return [started(future) for future in starting]
 
 
 def rel_rms(got: torch.Tensor, want: torch.Tensor) -> float:

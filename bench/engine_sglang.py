@@ -28,9 +28,9 @@ sys.path.append(str(ROOT))
 import requests  # noqa: E402
 import torch  # noqa: E402
 
-from bench.common import start_together  # noqa: E402
 from integration_tests.engine_sglang.server import SglangServer  # noqa: E402
 from integration_tests.models import smollm2  # noqa: E402
+from integration_tests.server import start_together  # noqa: E402
 
 SHAPES = ((16, 8192), (8, 32768))
 OUTPUT_TOKENS = 128

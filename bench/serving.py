@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench.common import commit, start_together, table  # noqa: E402
+from bench.common import commit, table  # noqa: E402
 from bench.engine_vllm import LLAMA  # noqa: E402
 from integration_tests.models import smollm2  # noqa: E402
-from integration_tests.server import NAME, ServerFailed, VllmServer  # noqa: E402
+from integration_tests.server import NAME, ServerFailed, VllmServer, start_together  # noqa: E402
 
 FIGURES = {
     "req_s": "request_throughput",

@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,24 @@ class VllmServer(Server):
         positions = self.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
         # nothing comes before the first token, and so nothing is said about it
         return [{int(token): entry["logprob"] for token, entry in position.items()} for position in positions[1:]]
+
+
+def start_together(stack: ExitStack, servers: Sequence[AbstractContextManager]) -> list[AbstractContextManager]:
+    """Starts all servers at once, to end with `stack`. What comes back are contexts of the servers, or of the errors that starting them raised."""
+    # its threads end after the servers: a server ends with the thread that started it
+    threads = stack.enter_context(ThreadPoolExecutor(len(servers)))
+    starting = [threads.submit(stack.enter_context, server) for server in servers]
+    wait(starting)
+
+    @contextmanager
+    def started(future):
+        yield future.result()
+
+    return [started(future) for future in starting]
+
+
+@contextmanager
+def together(*servers: Server) -> Iterator[list[Server]]:
+    """All servers, started at once. Raises what starting one of them raised."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(server) for server in start_together(stack, servers)]

@@ -81,7 +81,7 @@ KV: dict[str, tuple[Cell, Cell]] = {
         Works(SGLANG + "test_arguments.py::test_a_checkpoint_may_give_layers_layouts_of_their_own"),
     ),
     "several query tokens a step (speculation)": (
-        Works(VLLM + "test_kv_contract.py::test_several_query_tokens_decode_when_speculating"),
+        Works(VLLM + "test_kv.py::test_speculation_changes_no_token"),
         Refused(_PAGES_REFUSED),
     ),
     "latent attention (MLA), encoders": (

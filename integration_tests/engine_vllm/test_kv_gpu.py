@@ -20,23 +20,24 @@ from integration_tests.engine_vllm.test_kv import (
     ANSWER,
     BOUND,
     QUESTION,
+    SPECULATIVE,
+    check_speculation,
     counter,
     divergence,
     exact,
     greedy,
     mean,
     next_token,
-    parted,
     prompts,
+    repeating,
     tokens,
 )
-from integration_tests.server import NAME, VllmServer
+from integration_tests.server import NAME, VllmServer, together
 from qplugins.kv import KV_LAYOUTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(900)]
-__all__ = ["exact", "prompts", "tokens"]  # fixtures
+__all__ = ["exact", "prompts", "repeating", "tokens"]  # fixtures
 
-SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 SOAK_SECONDS = float(os.environ.get("QPLUGINS_SOAK_SECONDS", "120"))
 CLIENTS = 64
 
@@ -64,31 +65,16 @@ def test_prompts_from_the_cache_and_the_answer(smollm2, exact, prompts, name):
 @pytest.mark.real_model
 def test_graphs_and_eager_say_the_same(smollm2, tokens):
     """A decode replayed from a CUDA graph against one launched call by call."""
-    said = []
-    for compiled in (True, False):
-        with serve(smollm2, "--kv-cache-dtype", "int8_sink", compiled=compiled) as server:
-            said.append([greedy(server, tokens[i : i + 200], 24) for i in range(4)])
+    with together(*(serve(smollm2, "--kv-cache-dtype", "int8_sink", compiled=compiled) for compiled in (True, False))) as servers:
+        said = [[greedy(server, tokens[i : i + 200], 24) for i in range(4)] for server in servers]
     for graphs, eager in zip(*said, strict=True):
         assert mean([divergence(a[1], b[1]) for a, b in zip(graphs, eager, strict=True) if a[0] == b[0]]) < 1e-3
 
 
 @pytest.mark.real_model
-def test_speculation_changes_no_token(smollm2, tokens):
-    """Texts that repeat, so that the next tokens are near certain and n-grams find them."""
-    half = len(tokens) // 2
-    texts = [tokens[i : half + i + 40] for i in (0, 10, 20, 30)]
-    said = []
-    for args in ([], ["--speculative-config", json.dumps(SPECULATIVE)]):
-        with serve(smollm2, "--kv-cache-dtype", "int4_sink", *args) as server:
-            said.append([greedy(server, t, 48) for t in texts])
-            if args:
-                assert counter(server, "spec_decode_num_accepted_tokens_total") > 48
-    for without, with_ in zip(*said, strict=True):
-        same, kls = parted(without, with_)
-        print(f"\n{same} of 48 tokens in common, KL up to there {kls}")
-        if same < 48:
-            print(f"then {without[same]} and {with_[same]}")
-    assert [[token for token, _ in text] for text in said[0]] == [[token for token, _ in text] for text in said[1]]
+def test_speculation_changes_no_token(smollm2, repeating):
+    with together(*(serve(smollm2, "--kv-cache-dtype", "int4_sink", *args) for args in ([], SPECULATIVE))) as (without, guessing):
+        check_speculation(without, guessing, repeating)
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +134,9 @@ def test_many_clients_for_minutes(soaked):
 
 def test_tokens_that_fit_beside_other_dtypes(long_llama):
     """In one configuration: how many tokens the same memory holds in 16 bits, in the other dtypes that vLLM has, and in int4_sink."""
-    fit = {}
-    for name in ("auto", "fp8", "int4_per_token_head", "int4_sink"):
-        with serve(long_llama, "--kv-cache-dtype", name, compiled=False) as server:
-            fit[name] = server.kv_tokens
+    names = ("auto", "fp8", "int4_per_token_head", "int4_sink")
+    with together(*(serve(long_llama, "--kv-cache-dtype", name, compiled=False) for name in names)) as servers:
+        fit = {name: server.kv_tokens for name, server in zip(names, servers, strict=True)}
     print(f"\ntokens in 256 MiB: {fit}")
     for name, token_bytes in (("auto", 512), ("int4_sink", KV_LAYOUTS["int4_sink"].token_bytes(128, 128))):
         most = 2**28 // (4 * 2 * token_bytes)  # 4 layers, 2 KV heads
