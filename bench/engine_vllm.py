@@ -4,8 +4,8 @@
 
 The model has the shape of Llama 3 8B in half of its layers (16) and random weights, so that nothing has to be downloaded; its text means
 nothing. One process for each configuration, otherwise vLLM as it runs by itself: torch.compile and CUDA graphs. Random prompts are sent once,
-which gives the prompts' time, then from the prefix cache for 1 and for 1 + N output tokens: the difference, over N, is the time of an output
-token. A configuration that fails, or takes longer than --timeout, is a row that says why.
+which gives the prompts' time, then from the prefix cache for 1 + N output tokens. An output token's time is what the engine says of when a
+request got its first token and its last, over N: the median over the batch's requests, and of several repeats. A configuration that fails, or takes longer than --timeout, is a row that says why.
 
 --together starts all configurations at the same time, where they fit the GPU side by side, and measures one after the other while the rest are
 idle: starting takes longer than measuring. Each then gets as much memory for its KV cache as the largest shape takes.
@@ -113,6 +113,7 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
             "max_num_batched_tokens": 8192,
             "gpu_memory_utilization": 0.85,
             "compilation_config": {"cudagraph_capture_sizes": sizes},
+            "disable_log_stats": False,  # when a request got which token
         }
         if together:
             options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": kv_bytes(kv_cache_dtype, shapes)}
@@ -131,23 +132,26 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
         sys.stdin.readline()
     rng = random.Random(0)
 
-    def seconds(prompts: list[list[int]], new: int) -> float:
+    def generate(prompts: list[list[int]], new: int) -> tuple[float, float]:
+        """Seconds that it takes, and milliseconds of an output token after the first."""
         ask = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": p} for p in prompts], ask, use_tqdm=False)
-        return time.perf_counter() - start
+        done = llm.generate([{"prompt_token_ids": p} for p in prompts], ask, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        stats = [request.metrics for request in done]
+        return seconds, 1000 * statistics.median(s.last_token_ts - s.first_token_ts for s in stats) / max(1, new - 1)
 
     # kernels are compiled at their first use
-    seconds([[rng.randrange(1000, 128000) for _ in range(min(9000, options["max_model_len"] - 8))]], 8)
+    generate([[rng.randrange(1000, 128000) for _ in range(min(9000, options["max_model_len"] - 8))]], 8)
     for batch, length in shapes:
         name = f"{batch}x{length}"
         if row["tokens"] and row["tokens"] < batch * (length + OUTPUT_TOKENS + 1):
             row[f"{name}_note"] = f"{batch * length:,} tokens do not fit"
             continue
         prompts = [[rng.randrange(1000, 128000) for _ in range(length)] for _ in range(batch)]
-        row[f"{name}_prefill_s"] = round(seconds(prompts, 1), 3)
-        seconds(prompts, 1 + OUTPUT_TOKENS)
-        times = [1000 * (seconds(prompts, 1 + OUTPUT_TOKENS) - seconds(prompts, 1)) / OUTPUT_TOKENS for _ in range(REPEATS)]
+        row[f"{name}_prefill_s"] = round(generate(prompts, 1)[0], 3)
+        generate(prompts, 1 + OUTPUT_TOKENS)
+        times = [generate(prompts, 1 + OUTPUT_TOKENS)[1] for _ in range(REPEATS)]
         row[f"{name}_token_ms"] = round(statistics.median(times), 3)
         row[f"{name}_token_ms_all"] = [round(t, 3) for t in times]
     return row
