@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.linear.layout import named
-from qplugins.kernels.linear.product import constants, decoded, load
+from qplugins.kernels.linear.product import constants, decoded, load, of_groups, rows_of_tiles
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import Tile
 
@@ -31,14 +31,10 @@ def decode_kernel(
     """out[n - first_row, k] = W[n, k]. Program (n, k): BLOCK_N rows, STEP tiles of columns. Arguments as of linear_kernel; out [rows, K]"""
     dtype: tl.constexpr = out.dtype.element_ty
     TILE_K: tl.constexpr = 64 if CODE == "int4" or CODE == "e2m1" else 32
-    TILES_PER_GROUP: tl.constexpr = 1 if GROUP <= TILE_K else GROUP // TILE_K
     block = first_row // BLOCK_N + tl.program_id(0)
     first = tl.program_id(1) * STEP
-    step = tl.arange(0, STEP)
-    tile_n = (block * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64)).to(tl.int64)
-    pair = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    words = codes + (tile_n[:, None, None] * tiles_k + first + step[None, :, None]) * 1024 + tl.arange(0, 1024)[None, None, :]
-    w, sw, zw = load(words, scale, zero, first + step, tiles_k, pairs, pair, SCALE, GROUP, ZERO, EVEN_K, TILES_PER_GROUP)
+    words, pair = rows_of_tiles(codes, block, first, N, tiles_k, pairs, BLOCK_N, STEP)
+    w, sw, zw = load(words, scale, zero, first + tl.arange(0, STEP), tiles_k, pairs, pair, CODE, SCALE, GROUP, ZERO, EVEN_K)
     d = decoded(w, sw, zw, CODE, SCALE, GROUP, ZERO, UP, BLOCK_N, STEP, dtype, PTX)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = first * TILE_K + tl.arange(0, STEP * TILE_K)
@@ -50,12 +46,11 @@ def decode_kernel(
 def decode(spec: Spec, tensors: list[Tensor], first_row: int, out: Tensor) -> None:
     """out [rows, K] = rows first_row, a multiple of 64, and following of W, in out's type, bfloat16 or float16."""
     t = named("triton", spec, tensors)
-    scale, zero = t.get("scale"), t.get("zero")
-    grouped = scale if scale is not None else zero
+    scale, zero, grouped = of_groups(t, t["row"])
     tiles_k = t["codes"].shape[1]
     fixed = {name: value for name, value in constants(spec, out.dtype, TILE).items() if name not in ("BLOCK_M", "HOPPER")}
     decode_kernel[(triton.cdiv(out.shape[0], TILE.block_n), triton.cdiv(tiles_k, TILE.step))](
-        t["codes"], t["row"], t["row"] if scale is None else scale, t["row"] if zero is None else zero, out, first_row,
+        t["codes"], t["row"], scale, zero, out, first_row,
         first_row + out.shape[0], spec.k, tiles_k, 0 if grouped is None else grouped.shape[1], **fixed, num_warps=TILE.warps, num_stages=1,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.linear.layout import named
-from qplugins.kernels.linear.product import block_at, constants, leave_share, product, share_k, sum_shares
+from qplugins.kernels.linear.product import block_at, constants, leave_share, of_groups, product, share_k, sum_shares
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import Tile, choose
 
@@ -64,11 +64,9 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     tiles_k = t["codes"].shape[1]
     blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(spec.n, tile.block_n)
     split, steps, work = share_k(tiles_k, tile, blocks_m * blocks_n, t["locks"])
-    scale, zero = t.get("scale"), t.get("zero")
-    grouped = scale if scale is not None else zero
+    scale, zero, grouped = of_groups(t, t["row"])
     linear_kernel[(blocks_m * blocks_n, split)](
-        x, t["codes"], t["row"], t["row"] if scale is None else scale, t["row"] if zero is None else zero,
-        t["row"] if bias is None else bias, out, t["row"] if work is None else work, t["locks"], m, spec.n, spec.k, x.stride(0),
+        x, t["codes"], t["row"], scale, zero, t["row"] if bias is None else bias, out, t["row"] if work is None else work, t["locks"], m, spec.n, spec.k, x.stride(0),
         out.stride(0), tiles_k, 0 if grouped is None else grouped.shape[1], steps, split, tile.stripe_m,
         **constants(spec, x.dtype, tile), BIAS=bias is not None, SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -109,11 +109,24 @@ def _value(
 
 
 @triton.jit
+def rows_of_tiles(codes, block_n, first, N, tiles_k, pairs, BLOCK_N: tl.constexpr, STEP: tl.constexpr):
+    """Pointers [tiles, STEP, 1024] to the words of STEP tiles from `first` on, of a block of W's rows, and the block's pairs of rows."""
+    # blocks past the matrix's last tile read the last one again; their rows are not stored
+    tile_n = tl.minimum(block_n * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64), tl.cdiv(N, 64) - 1).to(tl.int64)
+    pair = block_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    step = tl.arange(0, STEP)
+    words = codes + (tile_n[:, None, None] * tiles_k + first + step[None, :, None]) * 1024 + tl.arange(0, 1024)[None, None, :]
+    return words, tl.where(pair < pairs, pair, 0)
+
+
+@triton.jit
 def load(
-    words, scale, zero, tile, tiles_k, pairs, pair,
-    SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN_K: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
+    words, scale, zero, tile, tiles_k, pairs, pair, CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Codes, scales and zero points of the tiles `tile` [STEP] of K: what `decoded` takes."""
+    """Codes, scales and zero points of the tiles `tile` [STEP] of K: what `decoded` takes. words, pair: of `rows_of_tiles`."""
+    TILE_K: tl.constexpr = 64 if CODE == "int4" or CODE == "e2m1" else 32
+    TILES_PER_GROUP: tl.constexpr = 1 if GROUP <= TILE_K else GROUP // TILE_K
     if EVEN_K:
         w = tl.load(words)
     else:
@@ -207,26 +220,18 @@ def product(
     codes  int16 [tiles_n, tiles_k, 1024]               scale, zero  integers [groups, pairs]
     steps  of a share: each is STEP tiles of K          GROUP  columns that share a scale, 0 for the row
     """
-    SPANS: tl.constexpr = 4 if CODE == "int4" or CODE == "e2m1" else 2  # codes a word
-    TILE_K: tl.constexpr = 16 * SPANS
-    TILES: tl.constexpr = BLOCK_N // 64
-    TILES_PER_GROUP: tl.constexpr = 1 if GROUP <= TILE_K else GROUP // TILE_K
-
+    TILE_K: tl.constexpr = 64 if CODE == "int4" or CODE == "e2m1" else 32
     first = share * steps * STEP  # this share's first tile of K
     step = tl.arange(0, STEP)
-    pair = block_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     k = first * TILE_K + tl.arange(0, STEP * TILE_K)
-    # blocks past the matrix's last tile read the last one again; their rows are not stored
-    tile_n = tl.minimum(block_n * TILES + tl.arange(0, TILES), tl.cdiv(N, 64) - 1).to(tl.int64)
-    pair = tl.where(pair < pairs, pair, 0)
-    words = codes + (tile_n[:, None, None] * tiles_k + first + step[None, :, None]) * 1024 + tl.arange(0, 1024)[None, None, :]
+    words, pair = rows_of_tiles(codes, block_n, first, N, tiles_k, pairs, BLOCK_N, STEP)
     xs += k[:, None]
     count = tl.minimum(steps, tl.cdiv(tiles_k - first, STEP))
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i in range(0, count):
         xt = load_x(xs, k + i * STEP * TILE_K, m_in, K, EVEN_K)
-        w, sw, zw = load(words, scale, zero, first + i * STEP + step, tiles_k, pairs, pair, SCALE, GROUP, ZERO, EVEN_K, TILES_PER_GROUP)
+        w, sw, zw = load(words, scale, zero, first + i * STEP + step, tiles_k, pairs, pair, CODE, SCALE, GROUP, ZERO, EVEN_K)
         d = decoded(w, sw, zw, CODE, SCALE, GROUP, ZERO, UP, BLOCK_N, STEP, dtype, PTX)
         acc = dot(d, xt, wait_for_dot(acc, HOPPER))
         words += STEP * 1024
@@ -252,6 +257,12 @@ def sum_shares(mine, lock, split_k, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
         acc += tl.load(mine + s * (BLOCK_N * BLOCK_M) + at, cache_modifier=".cg")
     tl.store(lock, 0)
     return acc
+
+
+def of_groups(t: dict[str, Tensor], row: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What groups have of a layer's `named` tensors: scale, zero point, with `row` in place of what there is not, and one of them that there is."""
+    scale, zero = t.get("scale"), t.get("zero")
+    return row if scale is None else scale, row if zero is None else zero, zero if scale is None else scale
 
 
 def powers(spec: Spec, dtype: torch.dtype) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from qplugins.kernels.common.device import after_previous, dependent_launch, dot
 from qplugins.kernels.linear import Plan, Shard
 from qplugins.kernels.linear.layout import named, tile_k
-from qplugins.kernels.linear.product import block_at, constants, leave_share, load_x, product, share_k, sum_shares
+from qplugins.kernels.linear.product import block_at, constants, leave_share, load_x, of_groups, product, share_k, sum_shares
 from qplugins.kernels.linear.tiles import Tile
 from qplugins.kernels.moe.order import order
 from qplugins.kernels.moe.tiles import choose
@@ -164,10 +164,10 @@ def multiply(x: Tensor, top_k: int, order: Tensor, blocks: Tensor, shard: Shard,
     tiles_k = w.shape[2] if spec.code else triton.cdiv(spec.k, tile_k(spec))
     blocks_m, blocks_n = blocks.shape[1], triton.cdiv(spec.n, tile.block_n)
     split, steps, work = share_k(tiles_k, tile, blocks_m * blocks_n, t.get("locks"))
-    row, scale, zero = t.get("row", w), t.get("scale"), t.get("zero")
-    grouped = scale if scale is not None else zero
+    row = t.get("row", w)
+    scale, zero, grouped = of_groups(t, row)
     experts_kernel[(blocks_m * blocks_n, split)](
-        x, order, blocks, w, row, row if scale is None else scale, row if zero is None else zero, out, row if work is None else work,
+        x, order, blocks, w, row, scale, zero, out, row if work is None else work,
         t.get("locks", order),
         spec.n, spec.k, x.stride(0), out.stride(0), 0 if grouped is None else grouped.stride(0), blocks_m, top_k, tiles_k,
         0 if grouped is None else grouped.shape[2], steps, split, tile.stripe_m,
