@@ -10,7 +10,8 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from safetensors.torch import load_file, save_file
+from folders import change, small_llama
+from safetensors.torch import load_file
 from torch import Tensor, tensor
 from typer.testing import CliRunner
 
@@ -372,16 +373,7 @@ def layout(request) -> str:
 
 @pytest.fixture
 def src(tmp_path) -> Path:
-    """A small Llama in 16 bits, without a tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=False, dtype="float16",
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(tmp_path / "src")
-    return tmp_path / "src"
+    return small_llama(tmp_path / "src", torch.float16, vocabulary=96, intermediate=256)
 
 
 @pytest.fixture
@@ -468,16 +460,6 @@ def test_plain_checkpoint_is_not_converted(src, tmp_path):
 
 
 # --- damage
-
-
-def change(folder: Path, tensors=lambda t: None, config=lambda c: None) -> Path:
-    stored = load_file(folder / "model.safetensors")
-    tensors(stored)
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    described = json.loads((folder / "config.json").read_text())
-    config(described)
-    (folder / "config.json").write_text(json.dumps(described))
-    return folder
 
 
 def write(src: Path, layout: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from folders import change, small_llama
 from torch import Tensor
 from torch.nn.functional import silu
 from typer.testing import CliRunner
@@ -278,23 +278,8 @@ def test_another_version_is_refused(storage):
 @pytest.fixture
 def src(tmp_path) -> Path:
     """A small Llama in 16 bits, one matrix of whose columns no tiles hold."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "src")
-    change(tmp_path / "src", lambda t: t.update({f"{ODD}.weight": torch.randn(8, 80, dtype=torch.bfloat16)}))
-    return tmp_path / "src"
-
-
-def change(folder: Path, tensors) -> Path:
-    stored = load_file(folder / "model.safetensors")
-    tensors(stored)
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    folder = small_llama(tmp_path / "src", torch.bfloat16, vocabulary=97, intermediate=320)
+    return change(folder, lambda t: t.update({f"{ODD}.weight": torch.randn(8, 80, dtype=torch.bfloat16)}))
 
 
 RULES = {
