@@ -65,8 +65,8 @@ def measure(server: SglangServer, about: dict) -> dict:
     row = about | dict(tokens=tokens_that_fit(server), tokens_per_gib=tokens_per_gib(server))
     for batch, length in SHAPES:
         times = output_token_ms(server, batch, length)
-        row[f"{batch}x{length}_ms"] = round(statistics.median(times), 3)
-        row[f"{batch}x{length}_all"] = [round(t, 3) for t in times]
+        row[f"{batch}x{length}_token_ms"] = round(statistics.median(times), 3)
+        row[f"{batch}x{length}_token_ms_all"] = [round(t, 3) for t in times]
     return row
 
 
@@ -113,7 +113,7 @@ def main() -> None:
                 timeout=500,
             )
             servers.append(server)
-            about.append(dict(kv_cache_dtype=dtype, attention=own[1] if own else "by itself"))
+            about.append(dict(kv=dtype, attention=own[1] if own else "by itself"))
         for row, context in zip(about, start_together(stack, servers) if options.together else servers, strict=True):
             with context as server:
                 rows.append(measure(server, row))

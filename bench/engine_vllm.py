@@ -5,7 +5,8 @@
 The model has the shape of Llama 3 8B in half of its layers (16) and random weights, so that nothing has to be downloaded; its text means
 nothing. One process for each configuration, otherwise vLLM as it runs by itself: torch.compile and CUDA graphs. Random prompts are sent once,
 which gives the prompts' time, then from the prefix cache for 1 + N output tokens. An output token's time is what the engine says of when a
-request got its first token and its last, over N: the median over the batch's requests, and of several repeats. A configuration that fails, or takes longer than --timeout, is a row that says why.
+request got its first token and its last, over N: the median over the batch's requests, and of several repeats. A configuration that fails, or
+takes longer than --timeout, is a row that says why.
 
 --together starts all configurations at the same time, where they fit the GPU side by side, and measures one after the other while the rest are
 idle: starting takes longer than measuring. Each then gets as much memory for its KV cache as the largest shape takes.

@@ -107,14 +107,14 @@ def attention() -> str:
 def engines() -> str:
     """bench/results/engine_vllm.json, engine_sglang.json: an output token's milliseconds with each KV dtype."""
     lines, heads = [], []
-    for engine, file, key in (("vLLM", "engine_vllm", "kv"), ("SGLang", "engine_sglang", "kv_cache_dtype")):
+    for engine, file in (("vLLM", "engine_vllm"), ("SGLang", "engine_sglang")):
         if (data := _figures(file)) is None:
             continue
         heads.append(f"{engine}: {_where(data)}, `{data['command']}`")
-        rows = {row[key]: row for row in data["rows"]}
+        rows = {row["kv"]: row for row in data["rows"]}
         for name, row in rows.items():
             more = f"{row['tokens_per_gib'] / rows['auto']['tokens_per_gib']:.2f}"
-            shapes = [row.get("16x8192_token_ms", row.get("16x8192_ms")), row.get("8x32768_token_ms", row.get("8x32768_ms"))]
+            shapes = row["16x8192_token_ms"], row["8x32768_token_ms"]
             prefill = row.get("8x32768_prefill_s")
             lines.append((engine, f"`{name}`", more, *(f"{x:.2f}" if x else "none" for x in shapes), f"{prefill:.2f}" if prefill else ""))
     if not lines:
