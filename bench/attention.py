@@ -26,7 +26,7 @@ from qplugins.kernels.kv.op import gather, write  # noqa: E402
 from qplugins.kernels.kv.page import Page  # noqa: E402
 from qplugins.kv import KV_LAYOUTS, get_layout  # noqa: E402
 
-DECODE = [(1, 32768), (8, 8192), (8, 32768), (32, 8192), (1, 131072), (64, 2048)]
+DECODE = [(1, 32768), (8, 8192), (8, 32768), (32, 8192), (1, 131072), (64, 2048), (8, 32800), (16, 8200)]  # the last two as while serving
 SHAPES = [(32, 8, 128), (64, 8, 128), (32, 8, 64)]  # query heads, KV heads, head_dim
 TOLERANCE = 0.01  # |error| / |output|: rounding to bf16 is 0.002, weights rounded to bf16 a little more; FP8 is not held to it
 PAGE_SIZE = 128
@@ -206,6 +206,46 @@ def run_write(layouts: list[str], rate: float, rep_ms: float) -> list[Row]:
     return found
 
 
+def run_first(layouts: list[str], rate: float, rep_ms: float) -> list[Row]:
+    """A prompt of 8,192 tokens as one chunk: FlashAttention over its own keys and values, which then are stored, by vLLM's kernel in 16 bits or as pages."""
+    found, n, heads, kv_heads, dim = [], 8192, 32, 8, 128
+    floor = 2.0 * n * n * dim * heads / 990e12 * 1e6  # operations, at the tensor cores' rate
+    q = torch.randn(n, heads, dim, dtype=BF16, device="cuda")
+    k, v = torch.randn(2, n, kv_heads, dim, dtype=BF16, device="cuda")
+    cu = torch.tensor([0, n], dtype=torch.int32, device="cuda")
+    lens = torch.tensor([n], dtype=torch.int32, device="cuda")
+    block_table = torch.randperm(n // PAGE_SIZE, dtype=torch.int32, device="cuda")[None]
+    slots = (block_table[0].long()[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device="cuda")).flatten()
+
+    def stored(store: Callable[[], None]):
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        def call() -> Tensor:
+            store()
+            return flash_attn_varlen_func(
+                q=q, k=k, v=v, max_seqlen_q=n, cu_seqlens_q=cu, max_seqlen_k=n, cu_seqlens_k=cu, softmax_scale=dim**-0.5, causal=True,
+                fa_version=3, return_softmax_lse=True,
+            )[0]  # fmt: skip
+
+        return [call], None
+
+    def bf16():
+        from vllm._custom_ops import reshape_and_cache_flash
+
+        keys, values = torch.empty(2, n // PAGE_SIZE, PAGE_SIZE, kv_heads, dim, dtype=BF16, device="cuda")
+        one = torch.ones((), device="cuda")
+        return stored(lambda: reshape_and_cache_flash(k, v, keys, values, slots, "auto", one, one))
+
+    case = {"op": "prefill", "case": f"first {n}"}
+    found.append(measured(case, "fa3 bf16", floor, bf16, rep_ms))
+    for layout in layouts:
+        page = get_layout(layout).page(dim, PAGE_SIZE)
+        pages = random_pages(page, n // PAGE_SIZE, kv_heads)
+        own = lambda page=page, pages=pages: stored(lambda: write(pages, k, v, slots, cu, lens, block_table, page, n))  # noqa: E731
+        found.append(measured(case, layout, floor, own, rep_ms))
+    return found
+
+
 def run_prefill(layouts: list[str], rate: float, rep_ms: float) -> list[Row]:
     """A chunk of 4,096 tokens over 28,672 cached ones: qplugins' kernel, reading the pages for FlashAttention, and FlashAttention over bf16."""
     found, chunk, context, heads, kv_heads, dim = [], 4096, 28672, 32, 8, 128
@@ -287,6 +327,7 @@ def main() -> None:
     if "write" in args.ops:
         rows += run_write(args.layouts, rate, args.rep_ms)
     if "prefill" in args.ops:
+        rows += run_first(args.layouts, rate, args.rep_ms)
         rows += run_prefill(args.layouts, rate, args.rep_ms)
     save(args.out, rows, suite="attention", bandwidth=rate)
     lines = [

@@ -1,10 +1,12 @@
 """What the benchmarks share: results as rows of JSON. Timing is that of `kernels/common/timing.py`."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -39,6 +41,19 @@ def rel_rms(got: torch.Tensor, want: torch.Tensor) -> float:
 def commit() -> str:
     """The commit that figures belong to."""
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def command() -> str:
+    """The command that this is, but for where it writes."""
+    args = sys.argv[1:]
+    if "--out" in args:
+        del args[args.index("--out") : args.index("--out") + 2]
+    return shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *args])
+
+
+def versions(engine: str) -> dict:
+    """Of an engine and what it runs on, the commit and the command, without touching a GPU."""
+    return {name: version(name) for name in ("torch", "triton", engine)} | {"commit": commit(), "command": command()}
 
 
 def machine() -> dict:

@@ -28,6 +28,7 @@ sys.path.append(str(ROOT))
 import requests  # noqa: E402
 import torch  # noqa: E402
 
+from bench.common import versions  # noqa: E402
 from integration_tests.engine_sglang.server import SglangServer  # noqa: E402
 from integration_tests.models import smollm2  # noqa: E402
 from integration_tests.server import start_together  # noqa: E402
@@ -119,9 +120,7 @@ def main() -> None:
                 rows.append(measure(server, row))
             print(json.dumps(rows[-1]), flush=True)
     if options.out:
-        from sglang.version import __version__
-
-        head = dict(gpu=torch.cuda.get_device_name(), sglang=__version__, torch=torch.__version__)
+        head = {"device": torch.cuda.get_device_name()} | versions("sglang")
         options.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench.common import commit  # noqa: E402
+from bench.common import versions  # noqa: E402
 
 KV = ("auto", "fp8", "int4_per_token_head", "int4_sink")
 WEIGHTS = ("bf16", "nvfp4", "nvfp4-humming", "qplugins-nvfp4")
@@ -241,7 +241,8 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         # after each, so that what was measured is there when a later one takes the machine down
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"commit": commit(), "output_tokens": OUTPUT_TOKENS, "rows": rows}, indent=1) + "\n")
+        about = {"device": next((r["device"] for r in rows if "device" in r), None)} | versions("vllm") | {"output_tokens": OUTPUT_TOKENS}
+        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

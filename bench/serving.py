@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench.common import commit, table  # noqa: E402
+from bench.common import table, versions  # noqa: E402
 from bench.engine_vllm import LLAMA  # noqa: E402
 from integration_tests.models import smollm2  # noqa: E402
 from integration_tests.server import NAME, ServerFailed, VllmServer, start_together  # noqa: E402
@@ -97,10 +97,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "serving.json")
     options = parser.parse_args()
     import torch
-    from vllm import __version__
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    about = {"device": device, "torch": torch.__version__, "vllm": __version__, "commit": commit()}
+    about = {"device": device} | versions("vllm")
     about |= {"tokens_in": options.tokens_in, "tokens_out": options.tokens_out, "kv_bytes": options.kv_bytes}
     rows = []
     with ExitStack() as stack:

@@ -91,8 +91,14 @@ def attention() -> str:
     if data is None:
         return "Not measured yet: `make bench OP=attention`."
     by_case: dict[tuple, dict[str, dict]] = {}
+    others: dict[tuple, dict[str, dict]] = {}  # decode with other heads
     for row in data["rows"]:
-        by_case.setdefault((row["case"]["op"], row["case"]["case"]), {})[row["impl"]] = row
+        case = row["case"]
+        heads = tuple(case.get(x) for x in ("heads", "kv_heads", "head_dim"))
+        if heads in ((None, None, None), (32, 8, 128)):
+            by_case.setdefault((case["op"], case["case"]), {})[row["impl"]] = row
+        else:
+            others.setdefault((*heads, case["case"]), {})[row["impl"]] = row
     impls = ["fa3 bf16", "fa3 fp8", *(x for x in KV_LAYOUTS if any(x in rows for rows in by_case.values()))]
     lines = []
     for (op, case), rows in by_case.items():
@@ -101,7 +107,16 @@ def attention() -> str:
         floor = f"{rows['int4_sink']['us'] / rows['int4_sink']['floor_us']:.2f}" if op == "decode" else ""
         lines.append((op, case, *cells, floor))
     heads = "32 query heads, 8 KV heads, head_dim 128, microseconds a layer"
-    return f"{_where(data)}; {heads}.\n\n" + markdown(("", "", *(f"`{i}`" for i in impls), "int4_sink, of its floor"), lines)
+    table = f"{_where(data)}; {heads}.\n\n" + markdown(("", "", *(f"`{i}`" for i in impls), "int4_sink, of its floor"), lines)
+    for shape in dict.fromkeys(key[:3] for key in others):
+        told = [
+            f"{case} {rows['fa3 bf16']['us'] / rows['int4_sink']['us']:.1f}"
+            for (*heads, case), rows in others.items()
+            if tuple(heads) == shape and all(rows.get(i, {}).get("us") for i in ("fa3 bf16", "int4_sink"))
+        ]
+        table += "\n\n{} query heads, {} KV heads, head_dim {}: int4_sink is so many times as fast as `fa3 bf16` at ".format(*shape)
+        table += ", ".join(told) + "."
+    return table
 
 
 def engines() -> str:
@@ -121,6 +136,53 @@ def engines() -> str:
         return "Not measured yet: `make bench OP=engine_vllm`."
     columns = "engine", "KV cache", "tokens that fit, of 16 bits", "16 x 8,192: ms a token", "8 x 32,768: ms a token", "its prompts, s"
     return markdown(columns, lines) + "\n\n" + "; ".join(heads) + "."
+
+
+def weights() -> str:
+    """bench/results/engine_vllm_weights.json: what NVFP4 weights give a whole engine."""
+    data = _figures("engine_vllm_weights")
+    if data is None:
+        return "Not measured yet: `make bench OP=engine_vllm`."
+    shapes = {"1x512_token_ms": "batch 1: ms a token", "16x512_token_ms": "batch 16", "64x512_token_ms": "batch 64"}
+    columns = shapes | {"1x8192_prefill_s": "a prompt of 8,192, s"}
+    lines = [(f"`{row['weights']}`", *(f"{row[c]:.3f}" if "_s" in c else f"{row[c]:.2f}" for c in columns)) for row in data["rows"]]
+    return f"{_where(data)}, `{data['command']}`.\n\n" + markdown(("weights", *columns.values()), lines)
+
+
+def both() -> str:
+    """bench/results/engine_vllm_nvfp4.json: NVFP4 weights and a small KV cache together."""
+    data = _figures("engine_vllm_nvfp4")
+    if data is None:
+        return "Not measured yet: `make bench OP=engine_vllm`."
+    columns = {
+        "tokens_per_gib": "tokens in a GiB",
+        "16x8192_token_ms": "16 x 8,192: ms a token",
+        "16x8192_prefill_s": "its prompts, s",
+        "8x32768_token_ms": "8 x 32,768: ms a token",
+        "8x32768_prefill_s": "its prompts, s",
+    }
+    lines = [
+        (f"`{row['weights']}`", f"`{row['kv']}`", *(f"{row[c]:,}" if "gib" in c else f"{row[c]:.2f}" for c in columns))
+        for row in data["rows"]
+    ]
+    return f"{_where(data)}, `{data['command']}`.\n\n" + markdown(("weights", "KV cache", *columns.values()), lines)
+
+
+def serving() -> str:
+    """bench/results/serving.json: `vllm bench serve` at the highest load that a KV cache of one size holds."""
+    data = _figures("serving")
+    if data is None:
+        return "Not measured yet: `make bench OP=serving`."
+    columns = {
+        "concurrency": "requests at once",
+        "req_s": "requests a second",
+        "ttft_p50": "to the first token, ms: p50",
+        "ttft_p99": "p99",
+        "itl_p50": "between tokens, ms: p50",
+        "itl_p99": "p99",
+    }
+    lines = [(f"`{row['weights']}`", f"`{row['kv']}`", *(row.get(c, "") for c in columns)) for row in data["rows"]]
+    return f"{_where(data)}, `{data['command']}`.\n\n" + markdown(("weights", "KV cache", *columns.values()), lines)
 
 
 def kv() -> str:
@@ -188,7 +250,7 @@ def choice() -> str:
     return f"{head}\n\n{table}\n\nOf {count} matrices, each alone, KL predicted and measured: {told}."
 
 
-TABLES = {f.__name__: f for f in (formats, presets, choice, linear, attention, engines, kv, kv_quality, support)}
+TABLES = {f.__name__: f for f in (formats, presets, choice, linear, attention, engines, weights, both, serving, kv, kv_quality, support)}
 
 
 def render(text: str) -> str:
