@@ -321,15 +321,15 @@ def main() -> None:
             tune(layout, 128, 32, rate, args.rep_ms)
         return
     cases = [(f"{b}x{n}", [n] * b) for b, n in DECODE] + [("1x65536 + 31x2048", [65536] + [2048] * 31)]
+    runs = {
+        "decode": lambda: run_decode(args.layouts, SHAPES if args.all_shapes else SHAPES[:1], cases, rate, args.rep_ms),
+        "write": lambda: run_write(args.layouts, rate, args.rep_ms),
+        "prefill": lambda: run_first(args.layouts, rate, args.rep_ms) + run_prefill(args.layouts, rate, args.rep_ms),
+    }
     rows: list[Row] = []
-    if "decode" in args.ops:
-        rows += run_decode(args.layouts, SHAPES if args.all_shapes else SHAPES[:1], cases, rate, args.rep_ms)
-    if "write" in args.ops:
-        rows += run_write(args.layouts, rate, args.rep_ms)
-    if "prefill" in args.ops:
-        rows += run_first(args.layouts, rate, args.rep_ms)
-        rows += run_prefill(args.layouts, rate, args.rep_ms)
-    save(args.out, rows, suite="attention", bandwidth=rate)
+    for op in args.ops:
+        rows += runs[op]()
+        save(args.out, rows, suite="attention", bandwidth=rate)
     lines = [
         (
             r.case["op"],

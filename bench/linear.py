@@ -46,8 +46,8 @@ def own(name: str):
     return found
 
 
-def run(formats: list[str], models: list[str], rows: list[int], only: list[str] | None, rep_ms: float) -> list[Row]:
-    """Every implementation on every case: checked against float32 first, then timed."""
+def run(formats: list[str], models: list[str], rows: list[int], only: list[str] | None, rep_ms: float, out: Path) -> list[Row]:
+    """Every implementation on every case: checked against float32 first, then timed. What was measured is saved after each shape."""
     rate = bandwidth()
     print(f"copy bandwidth {rate / 1e12:.2f} TB/s; floor = (packed weights + x + y) / that")
     found: list[Row] = []
@@ -87,6 +87,7 @@ def run(formats: list[str], models: list[str], rows: list[int], only: list[str] 
                 del calls_of
                 torch.cuda.empty_cache()
             _print_shape(found, name, n, k, rows)
+            save(out, found)
     return found
 
 
@@ -149,8 +150,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no GPU here: the benchmark times kernels on one")
     torch.manual_seed(0)
-    found = run(a.formats, a.models, a.rows or list(workload.ROWS), a.only, a.rep)
-    save(a.out / "linear.json", found)
+    found = run(a.formats, a.models, a.rows or list(workload.ROWS), a.only, a.rep, a.out / "linear.json")
     print("\n" + summary(found))
 
 
