@@ -7,7 +7,7 @@ reference before it is timed. Caches take turns so that none is in the L2 cache 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -300,8 +300,9 @@ def tune(layout: str, head_dim: int, heads: int, rate: float, rep_ms: float) -> 
     page = get_layout(layout).page(head_dim, PAGE_SIZE)
     batch = Batch.make([32768] * 8, 1, heads, head_dim, 8 * page.nbytes)
     floor = batch.page_count * 8 * read_bytes(page) / rate * 1e6
+    best = decode_kernel.launch_of(page, decode_kernel.rows_of(heads // 8, 1)[0])
     for programs, stages, registers, tokens in product((2, 3, 4), (2, 5, 6), (None, 168), (32, 64)):
-        launch = decode_kernel.Launch(programs, stages, registers, tokens)
+        launch = replace(best, programs=programs, stages=stages, registers=registers, tokens=tokens)
         measured({"launch": str(launch)}, layout, floor, lambda launch=launch: own_decode(layout, 8, launch)(batch), rep_ms)
 
 

@@ -13,8 +13,13 @@ takes W-th runs of every page on its own, with its own running maximum, and they
 
 **Who gets which pages.** The pages that all sequences have to read are numbered through, sequence after sequence, and shared out evenly to a
 fixed number of programs for each KV head, so a batch of one long and many short sequences is balanced, and a CUDA graph's launch fits every
-batch. A program that has all of a sequence writes its output. Otherwise it leaves its sums in the workspace, and the last of the sequence's
-programs to arrive adds them up, in order, so that the result does not depend on who was last.
+batch. Where that takes few more pages a program, none has pages of two sequences. A program that has all of a sequence writes its output.
+Otherwise it leaves its sums in the workspace, and the last of some neighbours to arrive adds up theirs, in order, so that the result does not
+depend on who was last; where there are many, such sums are parts again.
+
+**What short batches cost.** Beside reading pages a call takes the time of a chain: which pages, the queries, their rotation, the first page, the
+meeting of a program's warps, two or three times leaving and adding up, the rotation of the output. So the first pages are asked for before the
+queries are turned, and what warps or programs have to exchange goes at once rather than piece by piece.
 """
 
 from dataclasses import dataclass
@@ -25,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.common.device import INTERPRET, after_previous, dependent_launch, dot, round_to
+from qplugins.kernels.common.device import INTERPRET, after_previous, dependent_launch, dot, on_hopper, round_to
 from qplugins.kernels.kv import tile
 from qplugins.kernels.kv.page import Page, _pow2, batch_block
 
@@ -76,10 +81,50 @@ def _crossed(z0, z1, z2, z3, TWO: tl.constexpr):
 
 
 @triton.jit
+def _together(x0, x1, x2, x3, TWO: tl.constexpr):
+    """Pieces [..., n] -> [..., n, 4] (two of them: [..., n, 2]), so that what crosses warps does so once for all of them."""
+    if TWO:
+        return tl.join(x0, x1)
+    else:
+        x = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+        return x.reshape(x.shape[:-2] + [4])
+
+
+@triton.jit
+def _apart(x, TWO: tl.constexpr):
+    """The inverse of `_together`; of two pieces, both twice."""
+    if TWO:
+        x0, x1 = x.split()
+        return x0, x1, x0, x1
+    else:
+        even, odd = x.reshape(x.shape[:-1] + [2, 2]).split()
+        x0, x2 = even.split()
+        x1, x3 = odd.split()
+        return x0, x1, x2, x3
+
+
+@triton.jit
 def _query(q, tokens, heads, live, stride_q, stride_qh, d, D: tl.constexpr):
     return tl.load(
         q + tokens[None, :] * stride_q + heads[None, :] * stride_qh + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
     )
+
+
+@triton.jit
+def load_queries(
+    q, tokens, heads, live, stride_q, stride_qh, C: tl.constexpr, D: tl.constexpr, KB: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """q's pieces [C, N] (twice the same two for 8 bits), or just its rows' first values where `rotate_queries` is going to load it by itself."""
+    d = tl.arange(0, C if ROTATE and D == BLOCK else 1)
+    x0 = _query(q, tokens, heads, live, stride_q, stride_qh, d, D)
+    x1, x2, x3 = x0, x0, x0
+    if ROTATE and D == BLOCK:
+        x1 = _query(q, tokens, heads, live, stride_q, stride_qh, C + d, D)
+        x2, x3 = x0, x1
+        if KB != 8:
+            x2 = _query(q, tokens, heads, live, stride_q, stride_qh, 2 * C + d, D)
+            x3 = _query(q, tokens, heads, live, stride_q, stride_qh, 3 * C + d, D)
+    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -88,7 +133,20 @@ def rotated_queries(
     KB: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scale * q R as four pieces float16 [4U, N] (twice the same two for 8 bits), their sum and the sum of what the codes' offsets add: float32 [N]."""
+    x0, x1, x2, x3 = load_queries(q, tokens, heads, live, stride_q, stride_qh, C, D, KB, ROTATE, BLOCK)
+    return rotate_queries(
+        x0, x1, x2, x3, q, tokens, heads, live, stride_q, stride_qh, scale, C, U, WIDE, D, DP, KB, ROTATE, BLOCK
+    )  # fmt: skip
+
+
+@triton.jit
+def rotate_queries(
+    x0, x1, x2, x3, q, tokens, heads, live, stride_q, stride_qh, scale, C: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, KB: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`rotated_queries` of what `load_queries` returned."""
     N: tl.constexpr = tokens.shape[0]
+    PIECES: tl.constexpr = 2 if KB == 8 else 4
     y0 = tl.zeros((4 * U, N), tl.float32)
     y1 = tl.zeros((4 * U, N), tl.float32)
     y2 = tl.zeros((4 * U, N), tl.float32)
@@ -96,13 +154,9 @@ def rotated_queries(
     if ROTATE and D == BLOCK:
         # H_b is a small Hadamard matrix of Hadamard matrices, so the pieces share one matrix of signs
         d = tl.arange(0, C)
-        x0 = _query(q, tokens, heads, live, stride_q, stride_qh, d, D)
-        x1 = _query(q, tokens, heads, live, stride_q, stride_qh, C + d, D)
         y0 = _rotate_some(y0, x0, d, 0, C, U, WIDE, C, ROTATE, C)
         y1 = _rotate_some(y1, x1, d, 0, C, U, WIDE, C, ROTATE, C)
         if KB != 8:
-            x2 = _query(q, tokens, heads, live, stride_q, stride_qh, 2 * C + d, D)
-            x3 = _query(q, tokens, heads, live, stride_q, stride_qh, 3 * C + d, D)
             y2 = _rotate_some(y2, x2, d, 0, C, U, WIDE, C, ROTATE, C)
             y3 = _rotate_some(y3, x3, d, 0, C, U, WIDE, C, ROTATE, C)
         y0, y1, y2, y3 = _crossed(y0, y1, y2, y3, KB == 8)
@@ -119,15 +173,13 @@ def rotated_queries(
     if ROTATE:
         scale *= BLOCK**-0.5
     q0, q1 = (y0 * scale).to(tl.float16), (y1 * scale).to(tl.float16)
-    total0, total1 = tl.sum(q0.to(tl.float32), 0), tl.sum(q1.to(tl.float32), 0)
-    q_sum = total0 + total1
-    offset = total0 * tile.key_offset(0, KB) + total1 * tile.key_offset(1, KB)
     q2, q3 = q0, q1
     if KB != 8:
         q2, q3 = (y2 * scale).to(tl.float16), (y3 * scale).to(tl.float16)
-        total2, total3 = tl.sum(q2.to(tl.float32), 0), tl.sum(q3.to(tl.float32), 0)
-        q_sum += total2 + total3
-        offset += total2 * tile.key_offset(2, KB) + total3 * tile.key_offset(3, KB)
+    totals = tl.sum(_together(q0, q1, q2, q3, KB == 8).to(tl.float32), 0)  # [N, PIECES]
+    odd = tl.arange(0, PIECES)[None, :] % 2 == 1
+    q_sum = tl.sum(totals, 1)
+    offset = tl.sum(totals * tl.where(odd, tile.key_offset(1, KB), tile.key_offset(0, KB)), 1)
     return q0, q1, q2, q3, q_sum, offset
 
 
@@ -148,20 +200,6 @@ def _mean_piece(
     x = tl.join(x.to(tl.int16).to(tl.float16, bitcast=True), (x >> 16).to(tl.int16).to(tl.float16, bitcast=True))
     x = x.reshape(1, 1, 4 * JP * WIDE)
     return round_to(tl.broadcast_to(x, (W, 16, 4 * JP * WIDE)).to(tl.float32), tl.float16)
-
-
-@triton.jit
-def _leave(sums, slot, piece: tl.constexpr, x, live, NPV: tl.constexpr, VU: tl.constexpr, N: tl.constexpr):
-    r = tl.arange(0, 4 * VU)
-    tl.store(sums + slot * (NPV * 4 * VU * N) + (piece * 4 * VU + r[:, None]) * N + tl.arange(0, N)[None, :], x, mask=live[None, :])
-
-
-@triton.jit
-def _left(sums, slot, piece: tl.constexpr, fade, real, live, NPV: tl.constexpr, VU: tl.constexpr, N: tl.constexpr):
-    """float32 [4 VU, N]: a piece of what the program of a slot has left, times `fade` [N]."""
-    r = tl.arange(0, 4 * VU)
-    at = sums + slot * (NPV * 4 * VU * N) + (piece * 4 * VU + r[:, None]) * N + tl.arange(0, N)[None, :]
-    return tl.load(at, mask=(real & live)[None, :], other=0.0, cache_modifier=".cg") * fade[None, :]
 
 
 @triton.jit
@@ -188,6 +226,7 @@ def store_output(
 ):  # fmt: skip
     """out[token, hq] = norm * (a0, a1, a2, a3) R: the pieces [4U, N] of the sum over values, rows as their operand has them."""
     N: tl.constexpr = tokens.shape[0]
+    PIECES: tl.constexpr = 2 if VB == 8 else 4
     if ROTATE:
         norm *= BLOCK**-0.5
     a0 *= norm[None, :]
@@ -196,13 +235,12 @@ def store_output(
     a3 *= norm[None, :]
     if ROTATE and D == BLOCK:
         a0, a1, a2, a3 = _crossed(a0, a1, a2, a3, VB == 8)
+        x = _together(a0, a1, a2, a3, VB == 8).permute(0, 2, 1).reshape(4 * U, PIECES * N)
         to = tl.arange(0, C)
-        zero = tl.zeros((C, N), tl.float32)
-        _store(out, _rotate_back(zero, a0, to, 0, C, U, WIDE, C, C, PTX), tokens, hq, live, stride_o, stride_oh, to, to < C)
-        _store(out, _rotate_back(zero, a1, to, 0, C, U, WIDE, C, C, PTX), tokens, hq, live, stride_o, stride_oh, C + to, to < C)
-        if VB != 8:
-            _store(out, _rotate_back(zero, a2, to, 0, C, U, WIDE, C, C, PTX), tokens, hq, live, stride_o, stride_oh, 2 * C + to, to < C)
-            _store(out, _rotate_back(zero, a3, to, 0, C, U, WIDE, C, C, PTX), tokens, hq, live, stride_o, stride_oh, 3 * C + to, to < C)
+        y = _rotate_back(tl.zeros((C, PIECES * N), tl.float32), x, to, 0, C, U, WIDE, C, C, PTX).reshape(C, PIECES, N)
+        d = C * tl.arange(0, PIECES)[None, :, None] + to[:, None, None]
+        at = tokens[None, None, :] * stride_o + hq[None, None, :] * stride_oh + d
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=live[None, None, :])
     elif ROTATE:
         for i in range(0, DP, 32):
             to = i + tl.arange(0, 32)
@@ -223,6 +261,16 @@ def store_output(
 
 
 @triton.jit
+def _row_pieces(rows, row, stored, column, C: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, TWO: tl.constexpr):
+    """[SP, 4U]: code - 128 of the pieces of a sequence's first tokens. One load for all, since products, for which warps wait for one another,
+    would hold back the loads behind them."""
+    d = column[:, None] + C * tl.arange(0, 2 if TWO else 4)[None, :]
+    real = (column < C)[:, None] & (d < D)
+    x = tl.load(rows + row[:, None, None] * D + d[None], mask=stored[:, None, None] & real[None], other=128)
+    return _apart(round_to(x.to(tl.int32).to(tl.float32) - 128.0, DTYPE), TWO)
+
+
+@triton.jit
 def sink_scores(
     first, row, stored, q0, q1, q2, q3, q_sum, soft_cap, SOFT_CAP: tl.constexpr, S: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
     WIDE: tl.constexpr, D: tl.constexpr, KB: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr,
@@ -234,12 +282,13 @@ def sink_scores(
     pair = (first + ROW_SCALES).to(tl.pointer_type(tl.int32)) + row
     ks, kz = tile.scale_and_zero(tl.load(pair, mask=stored, other=0))
     vs, vz = tile.scale_and_zero(tl.load(pair + S, mask=stored, other=0))
+    k0, k1, k2, k3 = _row_pieces(first + ROWS_K, row, stored, tile.key_column(tl.arange(0, 4 * U), U, WIDE), C, D, tl.float16, KB == 8)
     raw = tl.zeros((row.shape[0], q0.shape[1]), tl.float32)
-    raw = dot(tile.row_keys(first + ROWS_K, row, stored, 0, C, U, WIDE, D), q0, raw)
-    raw = dot(tile.row_keys(first + ROWS_K, row, stored, 1, C, U, WIDE, D), q1, raw)
+    raw = dot(k0, q0, raw)
+    raw = dot(k1, q1, raw)
     if KB != 8:
-        raw = dot(tile.row_keys(first + ROWS_K, row, stored, 2, C, U, WIDE, D), q2, raw)
-        raw = dot(tile.row_keys(first + ROWS_K, row, stored, 3, C, U, WIDE, D), q3, raw)
+        raw = dot(k2, q2, raw)
+        raw = dot(k3, q3, raw)
     s = raw * ks[:, None] + kz[:, None] * q_sum[None, :]
     if SOFT_CAP:
         s = soft_cap * _tanh(s / soft_cap)
@@ -260,14 +309,134 @@ def sink_values(
     ROWS_V: tl.constexpr,
 ):
     """sum_r v[r] weight[r, N], as four pieces float32 [4U, N], two of them zero for 8 bits. weight: bfloat16, e * scale."""
-    v0 = tl.zeros((4 * U, weight.shape[1]), tl.float32)
-    v1, v2, v3 = v0, v0, v0
-    v0 = dot(tile.row_values(first + ROWS_V, row, stored, 0, C, U, WIDE, D), weight, v0)
-    v1 = dot(tile.row_values(first + ROWS_V, row, stored, 1, C, U, WIDE, D), weight, v1)
+    x0, x1, x2, x3 = _row_pieces(first + ROWS_V, row, stored, tile.value_column(tl.arange(0, 4 * U), WIDE), C, D, tl.bfloat16, VB == 8)
+    zero = tl.zeros((4 * U, weight.shape[1]), tl.float32)
+    v0, v1, v2, v3 = dot(x0.T, weight, zero), dot(x1.T, weight, zero), zero, zero
     if VB != 8:
-        v2 = dot(tile.row_values(first + ROWS_V, row, stored, 2, C, U, WIDE, D), weight, v2)
-        v3 = dot(tile.row_values(first + ROWS_V, row, stored, 3, C, U, WIDE, D), weight, v3)
+        v2, v3 = dot(x2.T, weight, zero), dot(x3.T, weight, zero)
     return v0, v1, v2, v3
+
+
+@triton.jit
+def _fetch_ahead(address, nbytes):
+    """Has the L2 cache fetch nbytes[i] (none: 0) from address[i], both multiples of 16; thread i asks."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3; setp.ne.and.u32 p, $2, 0, p;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r", [address.to(tl.int64), nbytes.to(tl.int32), tl.full(nbytes.shape, nbytes.shape[0], tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _join_twos(top, denominator, zero, a, H: tl.constexpr):
+    """`_join_warps` of each two of 2 H warps."""
+    R: tl.constexpr = a.shape[0]
+    N: tl.constexpr = a.shape[1]
+    P: tl.constexpr = a.shape[2]
+    top0, top1 = top.reshape(N, H, 2).split()
+    denominator0, denominator1 = denominator.reshape(N, H, 2).split()
+    zero0, zero1 = zero.reshape(N, H, 2).split()
+    a0, a1 = a.reshape(R, N, P, H, 2).split()
+    top = tl.maximum(top0, top1)
+    fade0, fade1 = tl.exp2(top0 - top), tl.exp2(top1 - top)
+    a = a0 * fade0[None, :, None, :] + a1 * fade1[None, :, None, :]
+    return top, denominator0 * fade0 + denominator1 * fade1, zero0 * fade0 + zero1 * fade1, a
+
+
+@triton.jit
+def _join_warps(top, denominator, zero, a, W: tl.constexpr):
+    """What W <= 8 warps have of some rows, top, denominator, zero [N, W] and a [R, N, P, W], as what all have, without W.
+
+    A reduction would store, add up and store again, one after the other. Here warps exchange all they have, and each adds up by itself.
+    """
+    if W == 8:
+        top, denominator, zero, a = _join_twos(top, denominator, zero, a, 4)
+    if W >= 4:
+        top, denominator, zero, a = _join_twos(top, denominator, zero, a, 2)
+    if W >= 2:
+        top, denominator, zero, a = _join_twos(top, denominator, zero, a, 1)
+    N: tl.constexpr = top.shape[0]
+    return top.reshape(N), denominator.reshape(N), zero.reshape(N), a.reshape(a.shape[0], N, a.shape[2])
+
+
+@triton.jit
+def _sum_of_parts(sums, ends, counters, part, parts, a, top, denominator, live, LOG_FAN: tl.constexpr, ROUND: tl.constexpr):
+    """(whether this program has it, the sum of a sequence's parts), from its part of it.
+
+    a                     float32 [N, R], what has been summed; top, denominator  [N]
+    sums, ends, counters  where the sequence's part 0 leaves its own, in slot 1 of two; part i > 0 does in slot 2 i
+
+    Parts are joined as a tree: of FAN neighbours the last to arrive adds up all, in order, and stands for them among FAN times as many. What is
+    left takes one load's time for each level of the tree and ROUND parts, and no program ever waits for another.
+    """
+    N: tl.constexpr = a.shape[0]
+    R: tl.constexpr = a.shape[1]
+    FAN: tl.constexpr = 1 << LOG_FAN
+    ns, rs = tl.arange(0, N), tl.arange(0, R)
+    log_step = 0
+    whole = True
+    while tl.condition(whole & (parts > 1 << log_step), disable_licm=True):
+        step = 1 << log_step
+        begin = part & -(FAN << log_step)
+        members = tl.minimum((parts - begin + step - 1) >> log_step, FAN)
+        if members > 1:
+            slot = tl.where(part == 0, 1, 2 * part)
+            tl.store(sums + slot * (N * R) + ns[:, None] * R + rs[None, :], a, mask=live[:, None])
+            tl.store(ends + slot * (2 * N) + ns, top)
+            tl.store(ends + slot * (2 * N) + N + ns, denominator)
+            counter = counters + 2 * (begin + step)  # the second member's, which is the second of no other group
+            tl.debug_barrier()  # all of the program's threads have stored before one of them says so
+            whole = tl.atomic_add(counter, 1, sem="acq_rel") == members - 1
+            if whole:
+                tl.store(counter, 0)
+                top = tl.full((N,), NOTHING, tl.float32)
+                denominator = tl.zeros((N,), tl.float32)
+                a = tl.zeros((N, R), tl.float32)
+                for i in tl.range(0, members, ROUND, disable_licm=True):
+                    member = i + tl.arange(0, ROUND)
+                    there = tl.broadcast_to((member < members)[None, :], (N, ROUND))
+                    other = begin + member * step
+                    slots = tl.where(other == 0, 1, 2 * other)
+                    end = ends + slots[None, :] * (2 * N) + ns[:, None]  # [N, ROUND]
+                    tops = tl.load(end, mask=there, other=NOTHING, cache_modifier=".cg")
+                    denominators = tl.load(end + N, mask=there, other=0.0, cache_modifier=".cg")
+                    at = sums + slots[None, :, None] * (N * R) + ns[:, None, None] * R + rs[None, None, :]
+                    x = tl.load(at, mask=(there & live[:, None])[:, :, None], other=0.0, cache_modifier=".cg")
+                    top_new = tl.maximum(top, tl.max(tops, 1))
+                    fade, fades = tl.exp2(top - top_new), tl.exp2(tops - top_new[:, None])
+                    top = top_new
+                    denominator = denominator * fade + tl.sum(denominators * fades, 1)
+                    a = a * fade[:, None] + tl.sum(x * fades[:, :, None], 1)
+                tl.debug_barrier()  # all of the program's threads have loaded before one of them stores in the first one's place
+        part = begin
+        log_step += LOG_FAN
+    return whole, a, top, denominator
+
+
+@triton.jit
+def _shares_of(count, chunk):
+    """count / chunk, rounded up, of integers whose sum is below 2 ** 21: there float32 does not take the half away."""
+    return (((count + chunk).to(tl.float32) - 0.5) / chunk.to(tl.float32)).to(tl.int32)
+
+
+@triton.jit
+def _chunk(count, B, shares, LEAST: tl.constexpr):
+    """(pages of a share, count), from how many pages each of B sequences has to read.
+
+    A share that has pages of two sequences turns two sets of queries and leaves two parts, which takes about as long as two pages. Where up to two
+    more pages a share avoid that, each sequence counts as many as its shares would have if all were full, so that none has pages of the next.
+    """
+    chunk = tl.maximum(tl.cdiv(tl.sum(count, 0), shares), LEAST)
+    if (B > 1) & (B <= shares):
+        found = 0
+        for i in tl.static_range(3):
+            some = chunk + 2 - i
+            found = tl.where(tl.sum(_shares_of(count, some), 0) <= shares, some, found)
+        if found > 0:
+            chunk = found
+            count = _shares_of(count, chunk) * chunk
+    return chunk, count
 
 
 # what changes from batch to batch must not have a compilation of its own each time
@@ -277,7 +446,7 @@ def sink_values(
 def decode_kernel(
     q, pages, block_table, seq_lens, query_start_loc, sums, ends, counters, out, lse, sink_logits,
     B, stride_q, stride_qh, stride_p, stride_ph, stride_bt, stride_o, stride_oh, stride_lse, scale, soft_cap,
-    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SINK: tl.constexpr, MIN_PAGES: tl.constexpr,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SINK: tl.constexpr,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     MEAN: tl.constexpr, ROTATE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KC: tl.constexpr, K_PIECES: tl.constexpr, K_JP: tl.constexpr, K_A: tl.constexpr, K_N: tl.constexpr, K_WIDE: tl.constexpr,
@@ -285,13 +454,15 @@ def decode_kernel(
     HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
-    W: tl.constexpr, T: tl.constexpr, N: tl.constexpr, BB: tl.constexpr, CB: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    W: tl.constexpr, T: tl.constexpr, N: tl.constexpr, BB: tl.constexpr,
+    LEAST: tl.constexpr, LOG_FAN: tl.constexpr, ROUND: tl.constexpr, AHEAD: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[i, hq] and lse[i, hq] of ref.decode. Program (s, h, r): the s-th share of pages of KV head h, for its r-th N rows.
+    """out[i, hq] and lse[i, hq] of ref.decode. Program (h, r, s): the s-th share of pages of KV head h, for its r-th N rows.
+    Shares without pages are the last programs of a launch, so that multiprocessors have as many with pages, give or take one.
 
-    sums      float32 [r, h, s, 2, V pieces, 4 VU, N]      what a program leaves of a sequence that is not its own alone: first and last one
+    sums      float32 [r, h, s, 2, N, 4 VU, V pieces]      what a program leaves of a sequence that is not its own alone: first and last one
     ends      float32 [r, h, s, 2, 2, N]                   the maximum and the denominator that go with them
-    counters  int32 [r, h, B], zeros                       programs that have left their sums
+    counters  int32 [r, h, s, 2], zeros                    how many have left their sums, see `_sum_of_parts`
     """
     after_previous(PDL)
     KU: tl.constexpr = K_JP * K_WIDE
@@ -299,9 +470,9 @@ def decode_kernel(
     NPV: tl.constexpr = 2 if VB == 8 else 4
     K8: tl.constexpr = KB == 8
     V8: tl.constexpr = VB == 8
-    share, shares = tl.program_id(0), tl.num_programs(0)
-    h, heads = tl.program_id(1), tl.num_programs(1)
-    block_row = tl.program_id(2) * heads + h
+    share, shares = tl.program_id(2), tl.num_programs(2)
+    h = tl.program_id(0)
+    first_slot = (tl.program_id(1) * tl.num_programs(0) + h) * shares * 2
 
     # the pages of all sequences, numbered through
     each = tl.arange(0, BB)
@@ -312,15 +483,15 @@ def decode_kernel(
     if WINDOW > 0:
         count -= tl.maximum(lens - asked + 1 - WINDOW, 0) // P
     count = tl.where(asked > 0, tl.maximum(count, 1), 0)
+    chunk, count = _chunk(count, B, shares, LEAST)
     stops = tl.cumsum(count, 0)
-    total = tl.sum(count, 0)
-    chunk = tl.maximum(tl.cdiv(total, shares), MIN_PAGES)
     at = share * chunk
-    last = tl.minimum(at + chunk, total)
+    last = tl.minimum(at + chunk, tl.sum(count, 0))
 
     mask = tile.nibble(stride_p)
-    n = tl.program_id(2) * N + tl.arange(0, N)
-    while at < last:
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    # what depends on the thread alone is computed where it is used: before the loop it would take registers that the pages' loop needs
+    while tl.condition(at < last, disable_licm=True):
         b = tl.sum((stops <= at).to(tl.int32), 0)
         stop = tl.sum(tl.where(each == b, stops, 0), 0)
         start = stop - tl.sum(tl.where(each == b, count, 0), 0)
@@ -332,7 +503,9 @@ def decode_kernel(
             first_page = tl.maximum(length - queries + 1 - WINDOW, 0) // P
         p0 = first_page + at - start
         p1 = first_page + tl.minimum(last, stop) - start
-
+        until_page = tl.minimum(p1, tl.cdiv(length, P))
+        head_pages = pages + h.to(tl.int64) * stride_ph
+        table = block_table + b.to(tl.int64) * stride_bt
         live = n < queries * GROUP
         tokens = (first_token + n // GROUP).to(tl.int64)
         hq = h * GROUP + n % GROUP
@@ -341,8 +514,17 @@ def decode_kernel(
         if WINDOW > 0:
             since = tl.maximum(until - (WINDOW - 1), 0)
 
-        q0, q1, q2, q3, q_sum, offset = rotated_queries(
-            q, tokens, hq, live, stride_q, stride_qh, scale, KC, KU, K_WIDE, D, DP, KB, ROTATE, BLOCK_K
+        x0, x1, x2, x3 = load_queries(q, tokens, hq, live, stride_q, stride_qh, KC, D, KB, ROTATE, BLOCK_K)
+        if AHEAD > 0:
+            # on their way to the L2 cache while the queries are turned: rows, then pages, since what all programs ask for at once takes its time
+            i = tl.arange(0, 2 * AHEAD)
+            soon = p0 + tl.maximum(i - 1, 0)
+            page_soon = head_pages + tl.load(table + soon, mask=soon < until_page, other=0).to(tl.int64) * stride_p
+            of_rows = tl.where((i == 0) & (p0 == 0), ROWS_V + S * DV - ROW_SCALES, 0)
+            of_page = tl.where((i > 0) & (i <= AHEAD), ROW_SCALES, 0)
+            _fetch_ahead(page_soon + tl.where(i == 0, ROW_SCALES, 0), tl.where(soon < until_page, of_rows + of_page, 0))
+        q0, q1, q2, q3, q_sum, offset = rotate_queries(
+            x0, x1, x2, x3, q, tokens, hq, live, stride_q, stride_qh, scale, KC, KU, K_WIDE, D, DP, KB, ROTATE, BLOCK_K
         )
         qw0 = tl.broadcast_to(q0[None, :, :], (W, 4 * KU, N))
         qw1 = tl.broadcast_to(q1[None, :, :], (W, 4 * KU, N))
@@ -359,7 +541,7 @@ def decode_kernel(
         if S > 0:
             if p0 == 0:
                 # the sequence's first tokens, from their rows: what the first warp starts from
-                first = pages + tl.load(block_table + b.to(tl.int64) * stride_bt).to(tl.int64) * stride_p + h.to(tl.int64) * stride_ph
+                first = head_pages + tl.load(table).to(tl.int64) * stride_p
                 row = tl.arange(0, SP)
                 row_stored = (row < S) & (row < length)
                 row_s, row_vs, row_vz = sink_scores(
@@ -383,8 +565,8 @@ def decode_kernel(
         in_page = tl.arange(0, W)[:, None] * T + tl.arange(0, T)[None, :]
         not_before = tl.maximum(since, S)  # sinks are read from their rows
 
-        for p in range(p0, tl.minimum(p1, tl.cdiv(length, P))):
-            page = pages + tl.load(block_table + b.to(tl.int64) * stride_bt + p).to(tl.int64) * stride_p + h.to(tl.int64) * stride_ph
+        for p in range(p0, until_page):
+            page = head_pages + tl.load(table + p).to(tl.int64) * stride_p
             t = p * P + in_page
             stored = t < length
             kp = tl.load((page + SCALES_K).to(tl.pointer_type(tl.int32)) + in_page, mask=stored, other=0)
@@ -438,57 +620,23 @@ def decode_kernel(
                 o3 = dot(tile.values(xv, 3, mask, VB, PTX), weight, o3 * fade[:, None, :])
 
         # the warps meet
-        top = tl.max(m, 0)
-        fade = tl.exp2(m - top[None, :])
-        denominator = tl.sum(tl.sum(denominators, 1) * fade, 0)
-        zero = tl.sum(tl.sum(zeros, 1) * fade, 0)
-        a0 = tl.sum(o0 * fade[:, None, :], 0) + zero[None, :]
-        a1 = tl.sum(o1 * fade[:, None, :], 0) + zero[None, :]
-        a2, a3 = a0, a1
-        if not V8:
-            a2 = tl.sum(o2 * fade[:, None, :], 0) + zero[None, :]
-            a3 = tl.sum(o3 * fade[:, None, :], 0) + zero[None, :]
+        top, denominator, zero, a = _join_warps(
+            m.T, tl.sum(denominators, 1).T, tl.sum(zeros, 1).T, _together(o0, o1, o2, o3, V8).permute(1, 2, 3, 0), W
+        )
+        a += zero[None, :, None]
+        a = a.permute(1, 0, 2).reshape(N, 4 * VU * NPV)
 
         one = start // chunk
         parts = (stop - 1) // chunk - one + 1  # programs that this sequence is shared out to
-        arrived = parts - 1
+        whole = True
         if parts > 1:
-            slot = ((block_row * shares + share) * 2 + (share == one).to(tl.int32)).to(tl.int64)
-            _leave(sums, slot, 0, a0, live, NPV, VU, N)
-            _leave(sums, slot, 1, a1, live, NPV, VU, N)
-            if not V8:
-                _leave(sums, slot, 2, a2, live, NPV, VU, N)
-                _leave(sums, slot, 3, a3, live, NPV, VU, N)
-            ns = tl.arange(0, N)
-            tl.store(ends + slot * (2 * N) + ns, top)
-            tl.store(ends + slot * (2 * N) + N + ns, denominator)
-            tl.debug_barrier()  # all of the program's threads have stored before one of them says so
-            arrived = tl.atomic_add(counters + block_row * B + b, 1, sem="acq_rel")
-            if arrived == parts - 1:
-                denominator = tl.zeros((N,), tl.float32)
-                a0 = tl.zeros((4 * VU, N), tl.float32)
-                a1 = tl.zeros((4 * VU, N), tl.float32)
-                a2 = tl.zeros((4 * VU, N), tl.float32)
-                a3 = tl.zeros((4 * VU, N), tl.float32)
-                part = tl.arange(0, CB)
-                slots = ((block_row * shares + one + part) * 2 + (part == 0).to(tl.int32)).to(tl.int64)
-                end = ends + slots[:, None] * (2 * N) + ns[None, :]
-                top = tl.max(tl.load(end, mask=(part < parts)[:, None], other=NOTHING, cache_modifier=".cg"), 0)
-                for i in range(0, parts, 4):
-                    for j in tl.static_range(4):  # their loads do not wait for one another
-                        real = i + j + 0 * ns < parts
-                        slot = ((block_row * shares + one + i + j) * 2 + tl.where(i + j == 0, 1, 0)).to(tl.int64)
-                        end_of_part = ends + slot * (2 * N) + ns
-                        part_fade = tl.exp2(tl.load(end_of_part, mask=real, other=NOTHING, cache_modifier=".cg") - top)
-                        denominator += tl.load(end_of_part + N, mask=real, other=0.0, cache_modifier=".cg") * part_fade
-                        a0 += _left(sums, slot, 0, part_fade, real, live, NPV, VU, N)
-                        a1 += _left(sums, slot, 1, part_fade, real, live, NPV, VU, N)
-                        if not V8:
-                            a2 += _left(sums, slot, 2, part_fade, real, live, NPV, VU, N)
-                            a3 += _left(sums, slot, 3, part_fade, real, live, NPV, VU, N)
-                tl.store(counters + block_row * B + b, 0)
+            slot = first_slot + 2 * one
+            whole, a, top, denominator = _sum_of_parts(
+                sums + slot.to(tl.int64) * (N * 4 * VU * NPV), ends + slot.to(tl.int64) * (2 * N), counters + slot, share - one, parts,
+                a, top, denominator, live, LOG_FAN, ROUND,
+            )  # fmt: skip
 
-        if arrived == parts - 1:
+        if whole:
             if HAS_SINK:
                 logit = tl.load(sink_logits + hq).to(tl.float32) * 1.4426950408889634
                 sink_top = tl.maximum(top, logit)
@@ -505,6 +653,7 @@ def decode_kernel(
                     tl.where(seen, (top + tl.log2(denominator)) * 0.6931471805599453, float("-inf")),
                     mask=live,
                 )
+            a0, a1, a2, a3 = _apart(a.reshape(N, 4 * VU, NPV).permute(1, 0, 2), V8)
             store_output(
                 out, a0, a1, a2, a3, norm, tokens, hq, live, stride_o, stride_oh, VC, VU, V_WIDE, DV, DVP, VB, ROTATE, BLOCK_V, PTX
             )
@@ -527,18 +676,25 @@ def rows_of(group: int, max_query_len: int) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Launch:
     """programs per multiprocessor, a KV head's shares of the pages come from it; stages of loads; registers a thread may have (None: any);
-    tokens of a page that a warp takes."""
+    tokens of a page that a warp takes; the least pages that are worth a program; parts of a sequence that one program adds up, and how many
+    of them it loads at once, powers of two; pages that a program asks for before it turns to its queries, a power of two or 0."""
 
     programs: int
     stages: int
     registers: int | None = None
     tokens: int = 32
+    pages: int = 2
+    fan: int = 16
+    round: int = 8
+    ahead: int = 2
 
 
 def launch_of(page: Page, n: int) -> Launch:
     """Found by bench/attention.py on an H100: what fits the registers of two warps for each of a multiprocessor's four schedulers."""
     light = page.k_bits == page.v_bits == 4 and page.head_dim <= 128 and page.v_head_dim <= 128 and n == MIN_ROWS
-    return Launch(4, 6, tokens=64) if light and page.page_size == 128 else Launch(2 * 128 // page.page_size, 6)
+    if light and page.page_size == 128:
+        return Launch(4, 6, tokens=64)
+    return Launch(2 * 128 // page.page_size, 6, round=4)  # eight parts at once would take registers from the loop over pages
 
 
 @cache
@@ -546,13 +702,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def shares_of(device: torch.device, blocks: int, launch: Launch) -> int:
-    """Programs that a KV head's pages (for one block of rows) are shared out to: together one wave."""
-    return max(1, _multiprocessors(device) * launch.programs // blocks)
-
-
 # The workspace begins with the counters, as many for every batch: where one call counts, no other call may have left its sums.
 COUNTERS = 1 << 16
+
+
+def shares_of(device: torch.device, blocks: int, launch: Launch) -> int:
+    """Programs that a KV head's pages (for one block of rows) are shared out to: together one wave."""
+    return max(1, min(_multiprocessors(device) * launch.programs, COUNTERS // 2) // blocks)
 
 
 def _sizes(shares: int, n: int, blocks: int, page: Page) -> tuple[int, int]:
@@ -563,21 +719,13 @@ def _sizes(shares: int, n: int, blocks: int, page: Page) -> tuple[int, int]:
     return slots * values * n, slots * 2 * n
 
 
-def _check_counters(batch: int, blocks: int) -> None:
-    if batch * blocks > COUNTERS:
-        raise ValueError(
-            f"{batch} sequences x {blocks} blocks of heads are more than the {COUNTERS} that a batch may have; make batches smaller"
-        )
-
-
 def workspace_bytes(max_batch: int, num_heads: int, num_kv_heads: int, page: Page, max_query_len: int, device: torch.device) -> int:
-    """What `decode` needs. Raises ValueError where max_batch is too large."""
+    """What `decode` needs; as much for every max_batch."""
     if device.type == "cpu" and not INTERPRET.value:
         return 16
     sizes = []
     for queries in range(1, max_query_len + 1):
         n, blocks = rows_of(num_heads // num_kv_heads, queries)
-        _check_counters(max_batch, num_kv_heads * blocks)
         sizes.append(sum(_sizes(shares_of(device, num_kv_heads * blocks, launch_of(page, n)), n, num_kv_heads * blocks, page)))
     return 4 * (COUNTERS + max(sizes))
 
@@ -606,22 +754,21 @@ def decode(
     launch = launch or launch_of(page, rows_of(group, max_query_len)[0])
     runs = tile.runs_of(page, launch.tokens)
     n, blocks = rows_of(group, max_query_len)
-    most = shares_of(q.device, heads * blocks, launch)
-    shares = min(most, batch * triton.cdiv(max_seq_len, page.page_size))
+    shares = min(shares_of(q.device, heads * blocks, launch), batch * triton.cdiv(max_seq_len, page.page_size))
     sums, ends = _sizes(shares, n, heads * blocks, page)
     if workspace.numel() < 4 * (COUNTERS + sums + ends):
         raise ValueError(f"the workspace has {workspace.numel()} bytes and {4 * (COUNTERS + sums + ends)} are needed; see decode_workspace")
-    _check_counters(batch, heads * blocks)
     counters = workspace[: 4 * COUNTERS].view(torch.int32)
     floats = workspace[4 * COUNTERS : 4 * (COUNTERS + sums + ends)].view(torch.float32)
     out = out.view(q.shape[0], q.shape[1], page.v_head_dim)
     registers = {"maxnreg": launch.registers} if tile.PTX and launch.registers else {}
-    decode_kernel[(shares, heads, blocks)](
+    decode_kernel[(heads, blocks, shares)](
         q, pages, block_table, seq_lens, query_start_loc, floats, floats[sums:], counters, out,
         floats if lse is None else lse, floats if sink_logits is None else sink_logits,
         batch, q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1),
         0 if lse is None else lse.stride(0), scale * LOG2E, soft_cap * LOG2E,
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, HAS_LSE=lse is not None, HAS_SINK=sink_logits is not None, MIN_PAGES=1,
-        SP=max(16, _pow2(page.sinks) if page.sinks else 0), W=runs, T=page.page_size // runs, N=n, BB=batch_block(batch), CB=_pow2(most), PTX=tile.PTX,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, HAS_LSE=lse is not None, HAS_SINK=sink_logits is not None,
+        SP=max(16, _pow2(page.sinks) if page.sinks else 0), W=runs, T=page.page_size // runs, N=n, BB=batch_block(batch),
+        LEAST=launch.pages, LOG_FAN=launch.fan.bit_length() - 1, ROUND=launch.round, AHEAD=launch.ahead if on_hopper() else 0, PTX=tile.PTX,
         num_warps=runs, num_stages=launch.stages, **tile.page_constants(page, runs), **dependent_launch(), **registers,
     )  # fmt: skip

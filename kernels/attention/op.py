@@ -136,7 +136,6 @@ def decode_workspace(
     """uint8 [bytes], zeroed: what `decode` needs beside its arguments, for batches of up to max_batch sequences of any length.
 
     One serves all layers of a stream in turn, also of different layouts, if it is as large as the largest. Kernels leave its counters at zero.
-    Raises ValueError where max_batch is more than a batch may have.
     """
     nbytes = decode_kernel.workspace_bytes(max_batch, num_heads, num_kv_heads, page, max_query_len, torch.device(device))
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)

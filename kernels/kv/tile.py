@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qplugins.kernels.common.device import INTERPRET, from_bits, round_to
+from qplugins.kernels.common.device import INTERPRET, from_bits
 from qplugins.kernels.kv.page import Page, Words, _pow2
 from qplugins.kernels.kv.rotation import block
 
@@ -288,24 +288,6 @@ def values(x, piece: tl.constexpr, mask, VB: tl.constexpr, PTX: tl.constexpr):
         return values8(x, piece, mask, PTX)
     else:
         return values4(x, piece, mask, PTX)
-
-
-@triton.jit
-def row_keys(rows, row, stored, piece: tl.constexpr, C: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr):
-    """float16 [SP, 4U]: code - 128 of a piece of the keys' rows."""
-    column = key_column(tl.arange(0, 4 * U), U, WIDE)
-    d = piece * C + column
-    x = tl.load(rows + row[:, None] * D + d[None, :], mask=stored[:, None] & ((column < C) & (d < D))[None, :], other=128)
-    return round_to(x.to(tl.int32).to(tl.float32) - 128.0, tl.float16)
-
-
-@triton.jit
-def row_values(rows, row, stored, piece: tl.constexpr, C: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr):
-    """bfloat16 [4U, SP]: code - 128 of a piece of the values' rows, transposed."""
-    column = value_column(tl.arange(0, 4 * U), WIDE)
-    d = piece * C + column
-    x = tl.load(rows + row[None, :] * D + d[:, None], mask=stored[None, :] & ((column < C) & (d < D))[:, None], other=128)
-    return round_to(x.to(tl.int32).to(tl.float32) - 128.0, tl.bfloat16)
 
 
 # ---- launch

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from sequences import Batch, keys_and_values, rel, starts
+from triton.runtime import interpreter
 
 from qplugins.kernels.attention import decode as decode_kernel
 from qplugins.kernels.attention import merge as merge_kernel
@@ -106,10 +107,85 @@ def test_decode_of_a_ragged_batch_with_padding(dtype, device):
 
 
 @pytest.mark.parametrize(
-    "launch", [decode_kernel.Launch(7, 2, None, 32), decode_kernel.Launch(1, 2, None, 64), decode_kernel.Launch(1, 2, None, 128)], ids=str
+    ("programs", "tokens", "pages"), [(7, 32, 1), (2, 16, 1), (1, 64, 1), (1, 128, 1), (7, 64, 3), (7, 64, 100)], ids=lambda n: str(n)
 )
-def test_decode_shared_out_in_any_way(launch, device):
+def test_decode_shared_out_in_any_way(programs, tokens, pages, device):
+    launch = decode_kernel.Launch(programs, 2, None, tokens, pages=pages)
     run_decode(Batch.filled(page_of("int4_sink", 64), [520, 3, 250], 1), [1, 1, 1], 4, device, launch=launch)
+
+
+@pytest.mark.parametrize("pages", [[5, 5], [9, 1], [5, 4, 5], [7, 3, 2], [3, 3, 3, 3, 3], [30, 13, 0], [13, 13, 13], [9]], ids=str)
+def test_decode_shares_cross_into_no_other_sequence_where_that_is_cheap(pages, device, monkeypatch):
+    monkeypatch.setattr(decode_kernel, "_multiprocessors", lambda device: 3)
+    shares, heads = 4, 3
+    batch = Batch.filled(page_of("int4_sink", 64, 64), [max(64 * n - 1, 0) for n in pages], heads)
+    q, cu, lens = torch.randn(len(pages), heads, 64), starts([int(n > 0) for n in pages]), torch.tensor(batch.lens, dtype=torch.int32)
+    out = torch.zeros(len(pages), heads, 64, device=device)
+    args = [x.to(device) for x in (q, batch.pages, batch.block_table, lens, cu)]
+    workspace = torch.zeros(1 << 20, dtype=torch.uint8, device=device)
+    launch = decode_kernel.Launch(4, 2, None, 64, pages=1)
+    decode_kernel.decode(*args, workspace, out, None, batch.page, 1, max(batch.lens), 0.125, launch=launch)
+    want, _ = attention.decode(as_rounded(q, batch.page, 0.125), batch.pages, batch.block_table, lens, cu, batch.page, 0.125)
+    assert rel(out, want) < TOLERANCE
+
+    even = -(-sum(pages) // shares)
+    chunk = next((c for c in range(even, even + 3) if sum(-(-n // c) for n in pages) <= shares), None)
+    if chunk and len(pages) <= shares:
+        pages = [-(-n // chunk) * chunk for n in pages]
+    else:
+        chunk = even
+    left, at = set(), 0  # slots
+    for n in pages:
+        first, last = at // chunk, (at + n - 1) // chunk
+        left |= {2 * first + 1, *(2 * i for i in range(first + 1, last + 1))} if last > first else set()
+        at += n
+    sums, ends = decode_kernel._sizes(shares, decode_kernel.MIN_ROWS, heads, batch.page)
+    tops = workspace[4 * (decode_kernel.COUNTERS + sums) :][: 4 * ends].view(torch.float32).view(heads, 2 * shares, 2, -1)[:, :, 0, 0]
+    assert [top.nonzero().flatten().tolist() for top in tops] == [sorted(left)] * heads
+
+
+def test_decode_gives_a_program_the_least_pages(device):
+    # 5 and 2 pages: with five to a program neither sequence is shared out
+    batch = Batch.filled(page_of("int4_sink", 64, 64), [300, 70], 1)
+    args = [x.to(device) for x in (torch.randn(2, 2, 64), batch.pages, batch.block_table, torch.tensor([300, 70]).int(), starts([1, 1]))]
+    for pages, shared in ((5, False), (4, True)):
+        workspace, out = torch.zeros(1 << 20, dtype=torch.uint8, device=device), torch.empty(2, 2, 64, device=device)
+        launch = decode_kernel.Launch(7, 2, None, 64, pages=pages)
+        decode_kernel.decode(*args, workspace, out, None, batch.page, 1, 300, 0.125, launch=launch)
+        assert bool(workspace.any()) == shared, "what programs leave of a sequence"
+
+
+# 19, 1 and 5 parts: up to five levels, groups that are not full, groups of one, and fewer parts than a group
+MANY_PARTS = [1153, 40, 260]
+
+
+@pytest.mark.parametrize(("fan", "at_once"), [(2, 1), (8, 2), (4, 4), (16, 8), (64, 2)])
+def test_decode_joins_parts_in_any_way(fan, at_once, device):
+    launch = decode_kernel.Launch(11, 2, None, 64, pages=1, fan=fan, round=at_once)
+    run_decode(Batch.filled(page_of("int4_sink", 64, 64), MANY_PARTS, 1), [1, 1, 1], 4, device, launch=launch)
+
+
+@pytest.mark.parametrize("fan", [2, 4])
+def test_decode_does_not_depend_on_who_comes_last(fan, device, monkeypatch):
+    batch = Batch.filled(page_of("int4_sink", 64, 64), [700, 40, 260], 1)
+    lens = torch.tensor(batch.lens, dtype=torch.int32)
+    q, launch = torch.randn(3, 4, 64), decode_kernel.Launch(7, 2, None, 64, pages=1, fan=fan, round=2)
+    args = [x.to(device) for x in (q, batch.pages, batch.block_table, lens, starts([1, 1, 1]))]
+    workspace = torch.zeros(1 << 22, dtype=torch.uint8, device=device)
+    found = []
+    for order in (lambda z, n: z, lambda z, n: n - 1 - z, lambda z, n: z * 8 % n):
+        with monkeypatch.context() as patch:
+            if INTERPRET.value:  # one program after the other: shares in this order
+                builder = interpreter.interpreter_builder
+                at = builder.set_grid_idx
+                patch.setattr(builder, "set_grid_idx", lambda x, y, z, at=at, o=order, b=builder: at(x, y, o(z, b.grid_dim[2])))
+            out = torch.full((3, 4, 64), torch.nan, device=device)
+            decode_kernel.decode(*args, workspace, out, None, batch.page, 1, max(batch.lens), 0.125, launch=launch)
+        assert not workspace[: 4 * decode_kernel.COUNTERS].any()
+        found.append(out)
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
+    want, _ = attention.decode(as_rounded(q, batch.page, 0.125), batch.pages, batch.block_table, lens, args[4].cpu(), batch.page, 0.125)
+    assert rel(found[0], want) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -149,11 +225,6 @@ def test_decode_says_when_the_workspace_is_too_small(device):
         decode_kernel.decode(
             *args, torch.zeros(16, dtype=torch.uint8, device=device), torch.empty(1, 1, 64, device=device), None, batch.page, 1, 20, 1.0
         )
-
-
-def test_a_batch_may_be_too_large(device):
-    with pytest.raises(ValueError, match="make batches smaller"):
-        decode_kernel.workspace_bytes(1 << 14, 64, 8, page_of("int4_sink", 64), 1, device)
 
 
 def test_one_workspace_serves_batches_of_any_size_and_layout(device):
