@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qplugins.kernels.linear import dense, kernel
-from qplugins.kernels.linear.layout import tile_k
+from qplugins.kernels.linear import dense, fp8, fp8_few, kernel
+from qplugins.kernels.linear.layout import named, tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.spec import Spec, parse
 from qplugins.kernels.linear.tiles import Tile, choose
@@ -41,15 +41,27 @@ def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
 
 
 def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> None:
-    """Runs the weight-only kernels for the shards of a plan, once for each variant that no call before had. Nothing happens off the GPU.
+    """Runs our kernels for the shards of a plan, once for each variant that no call before had. Nothing happens off the GPU.
 
     tensors  of all shards       dtype  of x       bias  whether the layer has one
     """
     for shard in parse(plan).shards:
         own = tensors[shard.first : shard.first + shard.count]
-        if shard.implementation != "triton" or own[0].device.type != "cuda":
+        if own[0].device.type != "cuda":
             continue
         spec, device = shard.spec, own[0].device
+        if shard.implementation == "scaled_mm":
+            t, few = named("scaled_mm", spec, own), [m for m in fp8_few.STAGES if fp8_few.suits(m, spec, device)]
+            sizes = spec.n % 16 == 0, t["scale"].numel() == 1, fp8_few.shares(spec, device)[0] > 1
+            key = (device, dtype, bias, tuple(few), replace(spec, n=0), sizes)
+            if key not in _done:
+                _done.add(key)
+                x, y = (torch.zeros(fp8_few.MOST, n, dtype=dtype, device=device) for n in (spec.k, spec.n))
+                fp8.quantize(x, t.get("input_scale"))
+                for m in few:
+                    fp8.linear(x[:m], spec, own, y[:m], torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)
+        if shard.implementation != "triton":
+            continue
         for (tile, shared), m in variants(spec, device).items():
             # what else a kernel is compiled for: the format, whether steps divide K, and which sizes are multiples of 16
             sizes = spec.k % (tile.step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0

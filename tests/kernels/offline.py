@@ -113,6 +113,25 @@ def experts_order(target: str, spec, dtype: str, tile) -> dict:
     return _found(target, compile_for(target, order_kernel, args, fixed, tile.warps, tile.stages))
 
 
+def fp8_few(target: str, spec, dtype: str, tile) -> dict:
+    """The FP8 product of few rows, compiled."""
+    from qplugins.kernels.linear.fp8_few import BLOCK_K, BLOCK_N, STAGES, few_kernel
+
+    args = {"q": "*fp8e4nv", "scale": "*fp32", "weight": "*fp8e4nv", "row": "*fp32", "bias": f"*{dtype}", "y": f"*{dtype}"}
+    args |= {"work": "*fp32", "locks": "*i32"} | dict.fromkeys(("M", "N", "K", "stride_y", "stride_row", "split_k", "steps"), "i32")
+    fixed = {"BIAS": True, "BLOCK_N": BLOCK_N, "BLOCK_M": tile.block_m, "BLOCK_K": BLOCK_K, "SHARED_K": True, "PDL": True}
+    return _found(target, compile_for(target, few_kernel, args, fixed, 4, STAGES[tile.block_m]))
+
+
+def fp8_quantize(target: str, spec, dtype: str, tile) -> dict:
+    """What rounds rows of x to e4m3, compiled for the longest row that it holds at once."""
+    from qplugins.kernels.linear.fp8 import BLOCK, VALUES, quantize_kernel
+
+    args = {"x": f"*{dtype}", "stored": "*fp32", "q": "*fp8e4nv", "scale": "*fp32", "locks": "*i32", "K": "i32", "stride_x": "i32"}
+    fixed = {"STATIC": False, "ONCE": True, "BLOCK_K": BLOCK, "LOCKS": 128, "PDL": target == "sm_90"}
+    return _found(target, compile_for(target, quantize_kernel, args, fixed, BLOCK // (32 * VALUES), 3))
+
+
 def dense(target: str, spec, dtype: str, tile) -> dict:
     """What decodes a whole matrix for one spec, compiled."""
     from qplugins.kernels.linear.dense import decode_kernel
@@ -124,7 +143,14 @@ def dense(target: str, spec, dtype: str, tile) -> dict:
     return _found(target, compile_for(target, decode_kernel, args, fixed, tile.warps, 1))
 
 
-KERNELS = {"linear": linear, "dense": dense, "experts": experts, "experts_order": experts_order}
+KERNELS = {
+    "linear": linear,
+    "dense": dense,
+    "experts": experts,
+    "experts_order": experts_order,
+    "fp8_few": fp8_few,
+    "fp8_quantize": fp8_quantize,
+}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qplugins.kernels.linear import fp8_few
 from qplugins.kernels.linear.dense import TILE as DENSE
 from qplugins.kernels.linear.tiles import Tile
 
@@ -21,6 +22,7 @@ SPECS = (
     "e4m3*f32/row 4096x4096",
     "int8*bf16/row 4096x4096",
 )
+E4M3 = SPECS[4]
 PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -36,6 +38,8 @@ CASES = (
     + [("dense", target, SPECS[0], "bf16", DENSE) for target in TARGETS]
     + [("dense", "sm_90", s, "bf16", DENSE) for s in SPECS[1:]]
     + [("experts_order", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
+    + [("fp8_few", "sm_90", E4M3, "bf16", replace(SKINNY, block_m=rows)) for rows in fp8_few.STAGES]
+    + [("fp8_quantize", target, E4M3, "bf16", SKINNY) for target in ("sm_90", "sm_100", "gfx942")]
 )
 
 
@@ -65,7 +69,7 @@ def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
     found = compiled[kernel, target, spec, dtype, *_blocks(tile)]
     assert "error" not in found, found["error"]
     if target == "gfx942":
-        assert found["mfma"] > 0 or kernel in ("dense", "experts_order")
+        assert found["mfma"] > 0 or kernel in ("dense", "experts_order", "fp8_quantize")
     elif "stack" in found:
         assert found["stack"] == 0, "registers are spilled"
 
@@ -75,7 +79,7 @@ def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
     [
         (kernel, s, tile)
         for kernel, target, s, dtype, tile in CASES
-        if kernel != "dense" and s in SPECS and (target, dtype) == ("sm_90", "bf16")
+        if kernel in ("linear", "experts") and s in SPECS and (target, dtype) == ("sm_90", "bf16")
     ],
 )
 def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, spec, tile, compiled):
@@ -83,3 +87,9 @@ def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, s
     assert found["wgmma"] > 0 and found["wgmma_from_registers"] == found["wgmma"]
     # see wait_for_dot: registers of a product that is not done are not safe from the next step
     assert found["pending_products"] == 0
+
+
+@pytest.mark.parametrize("rows", fp8_few.STAGES)
+def test_two_programs_of_the_fp8_product_of_few_rows_fit_on_a_multiprocessor(rows, compiled):
+    found = compiled["fp8_few", "sm_90", E4M3, "bf16", SKINNY.block_n, rows]
+    assert found["wgmma"] == 4 and 2 * (found["shared"] + 1024) <= 228 * 1024

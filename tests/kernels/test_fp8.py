@@ -4,7 +4,7 @@ import pytest
 import torch
 from samples import quantized, rel_rms, spec
 
-from qplugins.kernels.linear import fp8, linear, pack, plan
+from qplugins.kernels.linear import fp8, fp8_few, linear, pack, plan
 from qplugins.kernels.linear.ref import matmul
 from qplugins.kernels.quantized import QuantizedTensor
 
@@ -43,6 +43,31 @@ def test_the_quantizer_rounds_as_torch_does(m, k, static, device):
     # a division may be off by its last bit, and with it a number that is halfway between two codes
     assert torch.allclose(scale, want_scale, rtol=1e-6)
     assert (q.view(torch.uint8) != want_q.view(torch.uint8)).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("row_scales", [True, False])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "multiprocessors"), [(1, 64, 128, 1), (16, 72, 1024, 4), (17, 130, 1152, 6), (64, 200, 512, 132), (100, 64, 1152, 2)]
+)
+def test_the_product_of_few_rows(m, n, k, multiprocessors, row_scales, device, monkeypatch):
+    """Tails of N and of K's shares, on more and fewer programs; into columns of a wider output."""
+    monkeypatch.setattr(fp8_few, "multiprocessors", lambda device: multiprocessors)
+    s = spec("e4m3*f32/row", n, k)
+    shared = fp8_few.shares(s, device)[0] > 1
+    assert shared == (k > 512)
+    weight = quantized(s, device).codes.view(torch.float8_e4m3fn)
+    row = torch.rand(n if row_scales else 1, device=device) + 0.5
+    bias = torch.randn(n, device=device, dtype=torch.bfloat16)
+    locks = torch.full((fp8_few.LOCKS,), 7, dtype=torch.int32, device=device)
+    q, scale = fp8.quantize(torch.randn(m, k, device=device, dtype=torch.bfloat16), locks=locks)
+    assert not locks.any()
+    y = torch.full((m + 1, n + 8), torch.nan, device=device, dtype=torch.bfloat16)
+    for _ in range(2):  # a second time on the locks as the first left them
+        fp8_few.linear(q, scale, weight, row, s, locks if shared else None, y[:m, 4 : n + 4], bias)
+    want = matmul(q.float() * scale, weight.float() * row.expand(n)[:, None], bias)
+    assert rel_rms(y[:m, 4 : n + 4], want) < torch.finfo(torch.bfloat16).eps
+    y[:m, 4 : n + 4] = torch.nan
+    assert y.isnan().all(), "written beside the output"
 
 
 def test_without_a_gpu_the_weight_is_8_bit_and_the_product_is_not():

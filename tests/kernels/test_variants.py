@@ -7,7 +7,7 @@ import torch
 from samples import quantized, spec
 
 from qplugins.kernels import linear as ops
-from qplugins.kernels.linear import dense, kernel, variants
+from qplugins.kernels.linear import dense, fp8, fp8_few, kernel, variants
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.tiles import choose
@@ -51,4 +51,23 @@ def test_no_call_compiles_afterwards(bias, device):
     b = torch.zeros(1024, dtype=torch.bfloat16, device=device) if bias else None
     for m in (*range(1, 140), *range(150, 8300, 111)):
         ops.linear(torch.randn(m, 832, dtype=torch.bfloat16, device=device), tensors, plan, b)
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1024, 2048), (1008, 4096)])
+def test_no_call_of_an_fp8_layer_compiles_afterwards(shape, device):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no GPU with FP8 products")
+    w = ops.pack(quantized(spec("e4m3*f32/row", *shape), device), "scaled_mm", activation="token")
+    plan, tensors = ops.plan([(w.implementation, w.spec)]), list(w.tensors)
+    variants.warm(plan, tensors, torch.bfloat16, False)
+
+    def compiled() -> list[int]:
+        return [len(k.device_caches[torch.cuda.current_device()][0]) for k in (fp8.quantize_kernel, fp8_few.few_kernel)]
+
+    before = compiled()
+    assert before[0] > 0
+    for m in (*range(1, 140), 500, 4096):
+        ops.linear(torch.randn(m, shape[1], dtype=torch.bfloat16, device=device), tensors, plan)
     assert compiled() == before

@@ -91,7 +91,9 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
     args = {"k": dtype, "v": dtype, "pages": "*u8", "slot_mapping": "*i64", **meta, **strides("k kh v vh p ph bt")}
     constants = tile.page_constants(page, 1) | {"PDL": target == "sm_90"}
     if kernel == "write_few":
-        return compile_for(target, write.write_few_kernel, args | {"heads": "i32"}, constants | {"TOKENS": 2, "HEADS": 8}, 1, 1)
+        rows, warps = write.few_launch(page, 1)
+        constants |= {"TOKENS": rows // 8, "HEADS": 8, "W": warps}
+        return compile_for(target, write.write_few_kernel, args | {"heads": "i32"}, constants, warps, 1)
     warps = write.warps_of(page)
     return compile_for(target, write.write_kernel, args | {"B": "i32"}, constants | {"ENOUGH": 16, "W": warps, "BB": 32}, warps, 1)
 

@@ -292,6 +292,14 @@ def test_write_of_prompts_and_decode_steps_mixed(device):
     run_write(page, [[140, 3, 20, 60], [1, 1, 0, 4], [1, 130, 70, 1], [8, 1, 2, 1], [1, 0, 40, 15]], device)
 
 
+@pytest.mark.parametrize("layout", ["int4_sink", "k5v4_sink"])
+@pytest.mark.parametrize("new", [1, 3, 15])
+def test_write_of_decode_steps_that_some_sequences_sit_out(new, layout, device):
+    # the kernel reads tokens from where they lie if all have as many; here all do, then those behind the second lie elsewhere, then the last do
+    n = new
+    run_write(page_of(layout, 128, 64), [[60, 64, 1, 130], [n, n, n, n], [n, 0, n, n], [n, n, n, 0]], device)
+
+
 @pytest.mark.parametrize("heads", [1, 3, 8, 20])
 def test_write_of_any_number_of_heads(heads, device):
     run_write(page_of("int4_sink", 64, 64), [[63], [3], [1]], device, heads=heads)
