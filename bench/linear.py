@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from bench import rivals  # noqa: E402
 from bench.common import Row, rel_rms, save, table  # noqa: E402
 from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
-from qplugins.kernels.linear import dense, kernel, variants, workload  # noqa: E402
+from qplugins.kernels.linear import kernel, variants, wide, workload  # noqa: E402
 from qplugins.kernels.linear.ref import matmul  # noqa: E402
 
 TOLERANCE = 0.012  # of |y|: two roundings to bf16 are 0.003, x rounded to e4m3 is not held to it
@@ -40,7 +40,7 @@ def own(name: str):
 
         return calls
 
-    found = {"qplugins": partial(weight_only, variants.linear, 1), "qplugins kernel": partial(weight_only, kernel.linear, dense.LEAST_ROWS)}
+    found = {"qplugins": partial(weight_only, variants.linear, 1), "qplugins kernel": partial(weight_only, kernel.linear, wide.LEAST_ROWS)}
     if name == "fp8":
         found["qplugins w8a8"] = partial(rivals.scaled_mm, quantizer=True)
     return found

@@ -3,7 +3,8 @@
     weight = pack(quantized_tensor, "triton")
     y = linear(x, weight.tensors, plan([(weight.implementation, weight.spec)]), bias)
 
-spec.py says what a layer is, layout.py how it lies in memory, ref.py what is computed, kernel.py and dense.py how on a GPU, for few rows and for many.
+spec.py says what a layer is, layout.py how it lies in memory, ref.py what is computed, kernel.py how on a GPU,
+wide.py (on Hopper) and dense.py (elsewhere) how for many rows; variants.py chooses.
 """
 
 from qplugins.kernels.linear.layout import Weight, fuse, pack, unpack

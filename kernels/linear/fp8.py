@@ -4,6 +4,8 @@ for few rows through fp8_few.py.
 s[m] = max_k |x[m, k]| / 448      q[m, k] = e4m3(x[m, k] / s[m])      y[m, n] = s[m] * scale[n] * sum_k q[m, k] W[n, k] + bias[n]
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -90,3 +92,22 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
         torch._scaled_mm(q, t["weight"].T, scale, weight_scale, bias=bias, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch._scaled_mm(q, t["weight"].T, scale, weight_scale, bias=bias, out_dtype=out.dtype))
+
+
+_done: set[tuple] = set()
+
+
+def warm(spec: Spec, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> None:
+    """Runs on zeros whatever `linear` of such a layer compiles, if no layer before had it."""
+    t = named("scaled_mm", spec, tensors)
+    device = t["weight"].device
+    few = [m for m in fp8_few.STAGES if fp8_few.suits(m, spec, device)]
+    # what kernels are compiled for: the format, a row's length, and which sizes are 1 or multiples of 16
+    key = (device, dtype, bias, *few, replace(spec, n=0), spec.n % 16 == 0, t["scale"].numel() == 1, fp8_few.shares(spec, device)[0] > 1)
+    if key in _done:
+        return
+    _done.add(key)
+    x, y = (torch.zeros(fp8_few.MOST, n, dtype=dtype, device=device) for n in (spec.k, spec.n))
+    quantize(x, t.get("input_scale"))
+    for m in few:
+        linear(x[:m], spec, tensors, y[:m], torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)

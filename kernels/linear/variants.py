@@ -1,6 +1,10 @@
 """The weight-only product by whichever kernel suits so many rows, and what of it is compiled while a model is loaded: without that the first
 request of some length waits seconds for a compiler.
 
+    kernel.py    few rows, on every GPU; all up to dense.LEAST_ROWS where nothing else runs
+    wide.py      wide.LEAST_ROWS and more, on Hopper
+    dense.py     dense.LEAST_ROWS and more, elsewhere
+
 Triton compiles a kernel anew for each block size, and which one is used depends on the number of rows. An engine's own warming up covers the
 numbers of rows that it captures graphs for, and the largest; a prompt in between may need another block.
 """
@@ -11,26 +15,31 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qplugins.kernels.linear import dense, fp8, fp8_few, kernel
-from qplugins.kernels.linear.layout import named, tile_k
+from qplugins.kernels.common.device import on_hopper
+from qplugins.kernels.linear import dense, fp8, kernel, wide
+from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.spec import Spec, parse
 from qplugins.kernels.linear.tiles import Tile, choose
 
 MOST = dense.LEAST_ROWS - 1  # rows that kernel.py has
+MOST_WIDE = 8192  # rows; for more of them wide.py's blocks stay the same
 _done: set[tuple] = set()
 
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
-    """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see kernel.py and dense.py. M > 0."""
-    module = dense if x.shape[0] >= dense.LEAST_ROWS else kernel
+    """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see kernel.py, wide.py and dense.py. M > 0."""
+    if x.shape[0] >= wide.LEAST_ROWS and wide.refuses(spec, x, out) is None:
+        module = wide
+    else:
+        module = dense if x.shape[0] >= dense.LEAST_ROWS else kernel
     module.linear(x, spec, tensors, out, bias)
 
 
 @cache
 def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
-    """What is compiled for up to MOST rows -> the least number of rows that it runs for. A key is a tile, but for what it is not compiled for,
-    and whether programs share a block's K."""
+    """What of kernel.py is compiled for up to MOST rows -> the least number of rows that it runs for. A key is a tile, but for what it is not
+    compiled for, and whether programs share a block's K."""
     found: dict[tuple[Tile, bool], int] = {}
     # every number of rows up to 128, then one of each 64, which no block of more rows divides
     for m in (*range(1, 129), *range(129, MOST + 1, 64)):
@@ -38,6 +47,27 @@ def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
         shared = shares(-(-spec.k // tile_k(spec)), tile)[0] > 1
         found.setdefault((replace(tile, split_k=1, stripe_m=1), shared), m)
     return found
+
+
+@cache
+def wide_variants(spec: Spec, device: torch.device) -> dict[wide.WideTile, int]:
+    """The same of wide.py, for up to MOST_WIDE rows."""
+    found: dict[wide.WideTile, int] = {}
+    # one of each 128, which no block of more rows divides
+    for m in range(wide.LEAST_ROWS, MOST_WIDE + 1, 128):
+        tile = wide.choose(m, spec, device)
+        found.setdefault(replace(tile, stripe_m=1), m)
+    return found
+
+
+def _run_once(module, m: int, spec: Spec, tensors: list[Tensor], dtype: torch.dtype, bias: bool, *compiled_for: object) -> None:
+    """module.linear for m rows of zeros, if it has not run for these."""
+    device = tensors[0].device
+    key = (device, dtype, bias, replace(spec, n=0, k=0), module, *compiled_for)
+    if key not in _done:
+        _done.add(key)
+        x, y = torch.zeros(m, spec.k, dtype=dtype, device=device), torch.empty(m, spec.n, dtype=dtype, device=device)
+        module.linear(x, spec, tensors, y, torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)
 
 
 def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> None:
@@ -51,25 +81,16 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
             continue
         spec, device = shard.spec, own[0].device
         if shard.implementation == "scaled_mm":
-            t, few = named("scaled_mm", spec, own), [m for m in fp8_few.STAGES if fp8_few.suits(m, spec, device)]
-            sizes = spec.n % 16 == 0, t["scale"].numel() == 1, fp8_few.shares(spec, device)[0] > 1
-            key = (device, dtype, bias, tuple(few), replace(spec, n=0), sizes)
-            if key not in _done:
-                _done.add(key)
-                x, y = (torch.zeros(fp8_few.MOST, n, dtype=dtype, device=device) for n in (spec.k, spec.n))
-                fp8.quantize(x, t.get("input_scale"))
-                for m in few:
-                    fp8.linear(x[:m], spec, own, y[:m], torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)
+            fp8.warm(spec, own, dtype, bias)
         if shard.implementation != "triton":
             continue
         for (tile, shared), m in variants(spec, device).items():
             # what else a kernel is compiled for: the format, whether steps divide K, and which sizes are multiples of 16
             sizes = spec.k % (tile.step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0
-            key = (device, dtype, bias, tile, shared, replace(spec, n=0, k=0), sizes)
-            if key not in _done:
-                _done.add(key)
-                x, y = torch.zeros(m, spec.k, dtype=dtype, device=device), torch.empty(m, spec.n, dtype=dtype, device=device)
-                kernel.linear(x, spec, own, y, torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)
+            _run_once(kernel, m, spec, own, dtype, bias, tile, shared, sizes)
+        if on_hopper() and spec.k % 8 == 0 and spec.n % 8 == 0:  # as TMA wants it; what else it wants a layer's x and y have
+            for tile, m in wide_variants(spec, device).items():
+                _run_once(wide, m, spec, own, dtype, bias, tile)
         key = (device, dtype, replace(spec, n=0, k=0), spec.k % (dense.TILE.step * tile_k(spec)) == 0, spec.k % 16 == 0)
         if key not in _done:
             _done.add(key)

@@ -143,6 +143,43 @@ def dense(target: str, spec, dtype: str, tile) -> dict:
     return _found(target, compile_for(target, decode_kernel, args, fixed, tile.warps, 1))
 
 
+def wide(target: str, spec, dtype: str, tile) -> dict:
+    """The product for many rows. Written in Gluon, for Hopper alone; with what its machine code does while products are under way."""
+    import torch
+    import triton
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from qplugins.kernels.linear import wide
+    from qplugins.kernels.linear.layout import scale_word_bits
+
+    sys.path.append(str(Path(__file__).parent))
+    import sass
+
+    fixed = wide.constants(spec, torch.bfloat16 if dtype == "bf16" else torch.float16, tile) | {"BIAS": True}
+    options = {name: fixed.pop(name) for name in ("num_warps", "maxnreg")}
+    names = wide.wide_kernel.arg_names
+    args = {name: "i32" for name in names if name not in fixed} | dict.fromkeys(("row", "scale", "zero", "work"), "*fp32")
+    args |= {"bias": f"*{dtype}", "locks": "*i32"}
+    if spec.zero_point:
+        args["zero"] = f"*i{scale_word_bits(spec, zero=True)}"
+    for name, (block, layout) in wide.blocks_of(spec, tile).items():
+        of = dtype if name in ("x", "y") else f"i{layout.element_bitwidth}"
+        args[name] = f"tensordesc<{of}{block},{layout!r}>"
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if args.get(name, "").startswith("*")}
+    source = GluonASTSource(wide.wide_kernel, {name: args.get(name, "constexpr") for name in names}, fixed, attrs)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    found = resources(compiled)
+    tool = Path(nvidia.__file__).parent / "bin" / "nvdisasm"
+    if tool.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(compiled.asm["cubin"])
+            f.flush()
+            found |= sass.report(subprocess.run([tool, "-c", f.name], capture_output=True, text=True).stdout)
+    return found
+
+
 KERNELS = {
     "linear": linear,
     "dense": dense,
@@ -150,18 +187,21 @@ KERNELS = {
     "experts_order": experts_order,
     "fp8_few": fp8_few,
     "fp8_quantize": fp8_quantize,
+    "wide": wide,
 }
 
 
 def main() -> None:
     from qplugins.kernels.linear.spec import parse
     from qplugins.kernels.linear.tiles import Tile
+    from qplugins.kernels.linear.wide import WideTile
 
     for line in sys.stdin:
         case = json.loads(line)
         spec = parse(f"triton {case['spec']}").shards[0].spec
         try:
-            found = KERNELS[case["kernel"]](case["target"], spec, case["dtype"], Tile(**case["tile"]))
+            tile = (WideTile if case["kernel"] == "wide" else Tile)(**case["tile"])
+            found = KERNELS[case["kernel"]](case["target"], spec, case["dtype"], tile)
         except Exception as e:
             found = {"error": f"{type(e).__name__}: {e}"}
         print(json.dumps(case | found), flush=True)

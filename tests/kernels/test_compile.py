@@ -12,6 +12,7 @@ import pytest
 from qplugins.kernels.linear import fp8_few
 from qplugins.kernels.linear.dense import TILE as DENSE
 from qplugins.kernels.linear.tiles import Tile
+from qplugins.kernels.linear.wide import TILES, WideTile
 
 SKINNY, SQUARE = Tile(64, 16, 1, 4, 4, split_k=4), Tile(128, 128, 1, 8, 3)
 SPECS = (
@@ -26,6 +27,7 @@ E4M3 = SPECS[4]
 PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+WIDE = [tile for tile, _ in TILES]
 CASES = (
     [("linear", target, s, "bf16", SKINNY) for target in TARGETS for s in SPECS]
     + [("linear", "sm_90", s, "bf16", SQUARE) for s in SPECS]
@@ -40,6 +42,9 @@ CASES = (
     + [("experts_order", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
     + [("fp8_few", "sm_90", E4M3, "bf16", replace(SKINNY, block_m=rows)) for rows in fp8_few.STAGES]
     + [("fp8_quantize", target, E4M3, "bf16", SKINNY) for target in ("sm_90", "sm_100", "gfx942")]
+    + [("wide", "sm_90", s, "bf16", tile) for s in SPECS for tile in (WIDE if s in (SPECS[0], SPECS[2]) else WIDE[:1])]
+    + [("wide", "sm_90", SPECS[0], "fp16", WIDE[0])]
+    + [("wide", "sm_90", SPECS[0], "bf16", replace(tile, shared=True)) for tile in WIDE]
 )
 
 
@@ -53,20 +58,16 @@ def compiled() -> dict:
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(CASES)
-    return {(*(f[name] for name in names[:-1]), *_blocks(Tile(**f["tile"]))): f for f in found}
-
-
-def _blocks(tile: Tile) -> tuple[int, int]:
-    return tile.block_n, tile.block_m
+    return {(*(f[name] for name in names[:-1]), str(f["tile"])): f for f in found}
 
 
 @pytest.mark.parametrize(
     ("kernel", "target", "spec", "dtype", "tile"),
     CASES,
-    ids=[f"{'-'.join(case)}-{tile.block_n}x{tile.block_m}" for *case, tile in CASES],
+    ids=[f"{'-'.join(case)}-{tile.block_n}x{tile.block_m}{'-shared' * getattr(tile, 'shared', False)}" for *case, tile in CASES],
 )
 def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
-    found = compiled[kernel, target, spec, dtype, *_blocks(tile)]
+    found = compiled[kernel, target, spec, dtype, str(asdict(tile))]
     assert "error" not in found, found["error"]
     if target == "gfx942":
         assert found["mfma"] > 0 or kernel in ("dense", "experts_order", "fp8_quantize")
@@ -83,7 +84,7 @@ def test_kernel_compiles(kernel, target, spec, dtype, tile, compiled):
     ],
 )
 def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, spec, tile, compiled):
-    found = compiled[kernel, "sm_90", spec, "bf16", *_blocks(tile)]
+    found = compiled[kernel, "sm_90", spec, "bf16", str(asdict(tile))]
     assert found["wgmma"] > 0 and found["wgmma_from_registers"] == found["wgmma"]
     # see wait_for_dot: registers of a product that is not done are not safe from the next step
     assert found["pending_products"] == 0
@@ -91,5 +92,15 @@ def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, s
 
 @pytest.mark.parametrize("rows", fp8_few.STAGES)
 def test_two_programs_of_the_fp8_product_of_few_rows_fit_on_a_multiprocessor(rows, compiled):
-    found = compiled["fp8_few", "sm_90", E4M3, "bf16", SKINNY.block_n, rows]
+    found = compiled["fp8_few", "sm_90", E4M3, "bf16", str(asdict(replace(SKINNY, block_m=rows)))]
     assert found["wgmma"] == 4 and 2 * (found["shared"] + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize(("spec", "dtype", "tile"), [(s, dtype, tile) for kernel, _, s, dtype, tile in CASES if kernel == "wide"], ids=str)
+def test_three_products_are_under_way_while_the_next_weights_are_decoded(spec, dtype, tile: WideTile, compiled):
+    found = compiled["wide", "sm_90", spec, dtype, str(asdict(tile))]
+    assert found["wgmma_from_registers"] == found["wgmma"] > 0
+    if "waits" in found:
+        # a compiler that gives up on that waits for every product
+        assert found["waits"] == [3, 3, 3, 3] and found["groups_under_way"] == 4
+        assert not found["conflicts"], "registers change while the tensor core reads them"

@@ -7,7 +7,7 @@ import torch
 from samples import quantized, spec
 
 from qplugins.kernels import linear as ops
-from qplugins.kernels.linear import dense, fp8, fp8_few, kernel, variants
+from qplugins.kernels.linear import dense, fp8, fp8_few, kernel, variants, wide
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.tiles import choose
@@ -27,6 +27,12 @@ def test_every_number_of_rows_runs_a_variant_that_is_warmed(s):
         assert (replace(tile, split_k=1, stripe_m=1), shares(-(-s.k // tile_k(s)), tile)[0] > 1) in known, m
     for (tile, shared), m in known.items():
         assert tile.block_m == choose(m, s, CPU).block_m and shared <= (m <= 1024)
+
+    known = variants.wide_variants(s, CPU)
+    assert 1 <= len(known) <= 2 * len(wide.TILES)
+    for m in range(wide.LEAST_ROWS, variants.MOST_WIDE + 500):
+        tile = wide.choose(m, s, CPU)
+        assert replace(tile, stripe_m=1) in known, m
 
 
 def test_off_the_gpu_nothing_runs(monkeypatch):

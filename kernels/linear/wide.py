@@ -1,0 +1,596 @@
+"""y[M, N] = x[M, K] @ W[N, K].T + bias[N] on Hopper, for many rows of x and a W in the `tiles` layout: decoding while the tensor core multiplies.
+
+kernel.py decodes, multiplies and waits in turn. Here the tensor core is always at a product, while warps decode what it needs next. They meet in
+a ring of STAGES buffers, each with 64 columns of BLOCK_M rows of x and of BLOCK_N rows of W, which are still packed, and of W's scales:
+
+    the loader   one warp has TMA fill the ring, as far ahead as there are buffers. `full[s]` completes when buffer s has come
+    consumers    eight warps decode W into registers and multiply, y.T = W x.T, with x from the buffer. `empty[s]` completes when they are done with it
+
+Four spans of 16 columns take turns as the tensor core's first operand, each in registers of its own. Consumers decode one, start its product, and
+go on to the next when the product that had the next one's registers before is done: so three are under way while they decode. That compilers leave
+those registers alone so long is not a matter of course: tests/kernels/sass.py looks.
+
+A program computes blocks of y one after the other, and the ring runs ahead into the next while one is stored: through shared memory, which puts
+y.T the right way round, by TMA. Where the last blocks are fewer than programs, programs may share them: they are one row of steps, of which each
+program does the same number. So each has parts of at most two blocks, whose sums it leaves in `work`, and the last to come adds them up.
+
+What is multiplied and how it is rounded is as product.py has it. Columns past K are multiplied too: TMA reads x as zeros there, and what stands
+for W, though it may be another row's, is finite.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from math import inf
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qplugins.kernels.common.device import add, mul, on_hopper, round_to
+from qplugins.kernels.decode.e2m1 import decode_e2m1
+from qplugins.kernels.decode.e4m3 import decode_e4m3
+from qplugins.kernels.decode.int4 import decode_int4
+from qplugins.kernels.decode.int8 import decode_int8
+from qplugins.kernels.linear.layout import INTEGERS, LOCKS, named, scale_word_bits, tile_k
+from qplugins.kernels.linear.product import _scale_of, block_at, powers
+from qplugins.kernels.linear.spec import Spec
+from qplugins.kernels.linear.tiles import multiprocessors
+
+# as Triton 3.6 calls them, and as later ones do
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # rows of 64 values: x, y and words
+
+
+def group_layout(bits: int) -> gl.NVMMASharedLayout:
+    """Of what groups have, integers of so many bits: rows of 16 bytes, which lie as they do in memory."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+
+
+@gluon.constexpr_function
+def words_layout(warps):
+    """Of int16 words [16 * tiles, 64], a tile 16 rows: a thread holds 16 consecutive bytes of each tile of its group of four warps."""
+    return gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def span_layout(rows, warps):
+    """Of a span of 16 columns [rows, 16], as `words_layout` and layout.py's order of words within a tile have it."""
+    tiles = [[64 << i, 0] for i in range((rows // 64).bit_length() - 1)]
+    groups = (warps // 4).bit_length() - 1
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0], [0, 8], *tiles[groups:]],
+        lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], *tiles[:groups]],
+        block_bases=[],
+        shape=[rows, 16],
+    )
+
+
+@gluon.constexpr_function
+def pairs_layout(rows, width, warps):
+    """Of what groups have for so many rows of W, `width` of them a row of 16 bytes: in order (tile, w, g, u), to the threads of `span_layout`."""
+    bases = [[0, 1 << i] if 1 << i < width else [(1 << i) // width, 0] for i in range(rows.bit_length() - 1)]
+    groups = (warps // 4).bit_length() - 1
+    return gl.DistributedLinearLayout(
+        reg_bases=[bases[0], *bases[6 + groups :]],
+        lane_bases=[[0, 0], [0, 0], *bases[1:4]],
+        warp_bases=bases[4 : 6 + groups],
+        block_bases=[],
+        shape=[rows // width, width],
+    )
+
+
+@gluon.constexpr_function
+def acc_layout(columns, warps):
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def lines_layout(rows, columns, warps):
+    """Of a sum as it is left in memory, [rows * columns / 128, 128]: a line is what a warp holds, as `acc_layout` has it, in four registers."""
+    of_columns = [[1 << i, 0] for i in range((columns // 16).bit_length() - 1)]
+    of_rows = [[columns // 16 << i, 0] for i in range((rows // 8).bit_length() - 1)]
+    groups = (warps // 4).bit_length() - 1
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], *of_columns, of_rows[0], *of_rows[3 + groups :]],
+        lane_bases=[[0, 4], [0, 8], [0, 16], [0, 32], [0, 64]],
+        warp_bases=of_rows[1 : 3 + groups],
+        block_bases=[],
+        shape=[rows * columns // 128, 128],
+    )
+
+
+@gluon.jit
+def _advance(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def _before(stage, STAGES: gl.constexpr):
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def _scale_twice(word, SCALE: gl.constexpr, UP: gl.constexpr, dtype: gl.constexpr):
+    """product._scale_of in both halves of an int32."""
+    # the byte and the exponent's offset are put in both halves by one multiplication and one addition
+    bf16: gl.constexpr = dtype == gl.bfloat16
+    if SCALE == "e4m3":
+        shift: gl.constexpr = 4 if bf16 else 7
+        offset: gl.constexpr = (UP + 117) << 7 if bf16 else (UP + 5) << 10
+        return (word & 0xFF) * (0x10001 << shift) + offset * 0x10001
+    elif SCALE == "e8m0" and bf16:
+        return (word & 0xFF) * (0x10001 << 7) + (UP << 7) * 0x10001
+    else:
+        return (_scale_of(word, SCALE, UP, dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
+
+
+@gluon.jit
+def _mul_twice(raw, scale, dtype: gl.constexpr):
+    """product's `mul` for a scale in both halves of an int32, which is the same for two neighbours of raw."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 nil; mov.b32 nil, 0x80008000; fma.rn.bf16x2 $0, $1, $2, nil; }",
+            "=r,r,r,r", [raw, scale], dtype=gl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r,r", [raw, scale], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _span(
+    raw, j: gl.constexpr, scale, zero, CODE: gl.constexpr, SCALE: gl.constexpr, SPAN: gl.constexpr, ZERO: gl.constexpr, UP: gl.constexpr,
+    dtype: gl.constexpr,
+):  # fmt: skip
+    """product._value for codes j [BLOCK_N, 16] of the words, with the scales and zero points of a tile's row in one int32 [ROWS, 1]."""
+    at: gl.constexpr = j // SPAN
+    layout: gl.constexpr = raw.type.layout
+    base: gl.constexpr = 0.0 if CODE != "int4" else 136.0 if dtype == gl.bfloat16 else 1032.0
+    if ZERO:
+        raw = add(raw, round_to(-(base + (zero >> (16 * at)).to(gl.int16).to(gl.float32)), dtype), dtype, True)
+    elif CODE == "int4":
+        raw = add(raw, gl.full(raw.shape, -base, dtype, layout), dtype, True)
+    if SCALE != "row":
+        bits: gl.constexpr = 8 if SCALE == "e4m3" or SCALE == "e8m0" else 32 if SCALE == "f32" else 16
+        raw = _mul_twice(raw, _scale_twice(scale >> (bits * at), SCALE, UP, dtype), dtype)
+    else:
+        # also by 1: ptxas of CUDA 12.8 has what decodes int8 overwrite registers of products under way (tests/kernels/sass.py tells)
+        raw = mul(raw, gl.full(raw.shape, 2.0**UP, dtype, layout), dtype, True)
+    return raw
+
+
+@gluon.jit
+def _of_rows(buf, sub: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What the buffer of groups has for the rows of W, int32 [BLOCK_N, 1]."""
+    width: gl.constexpr = 128 // buf.dtype.primitive_bitwidth
+    warps: gl.constexpr = gl.num_warps()
+    part = buf.slice(sub * BLOCK_N // width, BLOCK_N // width).load(pairs_layout(BLOCK_N, width, warps))
+    of = part.to(gl.int32).reshape(BLOCK_N // 64, 4, 8, 2).permute(0, 1, 3, 2).reshape(BLOCK_N)
+    return gl.expand_dims(gl.convert_layout(of, gl.SliceLayout(1, span_layout(BLOCK_N, warps)), assert_trivial=True), 1)
+
+
+@gluon.jit
+def _spans(words, CODE: gl.constexpr, BLOCK_N: gl.constexpr, dtype: gl.constexpr):
+    """int16 [16 * tiles, 64] -> decoded, a span of 16 columns each, [BLOCK_N, 16]: 4 for 4-bit codes, 2 for 8-bit ones."""
+    # [tiles, w 4, g 8, t 4, h 2, u 2, p 2] -> rows (tile, w, u, g), columns (h, t, p)
+    w = words.reshape(BLOCK_N // 64, 4, 8, 4, 2, 2, 2).permute(0, 1, 5, 2, 4, 3, 6).reshape(BLOCK_N, 16)
+    w = gl.convert_layout(w, span_layout(BLOCK_N, gl.num_warps()), assert_trivial=True)
+    if CODE == "e2m1":
+        return decode_e2m1(w, dtype, True)
+    elif CODE == "int4":
+        return decode_int4(w, dtype, True)
+    elif CODE == "e4m3":
+        return decode_e4m3(w, dtype, True)
+    else:
+        return decode_int8(w, dtype, True)
+
+
+@gluon.jit
+def _load_zero(zero, n, rows):
+    """The zero points of rows of W that have one each: int32. zero: integers, 16 bits of row n and 16 bits of row n + 8."""
+    at = zero.to(gl.pointer_type(gl.int16), bitcast=True) + (n // 16 * 16 + n % 8 * 2 + n // 8 % 2)
+    return gl.load(at, mask=n < rows, other=0).to(gl.int32)
+
+
+@gluon.jit
+def _load_groups(of, buf, bar, sub: gl.constexpr, first, BLOCK_N: gl.constexpr):
+    """What a group has for BLOCK_N rows of W from `first` on, which counts all groups' rows."""
+    width: gl.constexpr = of.block_shape[1]
+    tma_load(of, [first // width, 0], bar, buf.slice(sub * BLOCK_N // width, BLOCK_N // width))
+
+
+@triton.jit
+def piece_of_work(i, program, programs, blocks, steps, alone, share):
+    """(block of y, first step, steps) of a program's piece of work i: the blocks that it computes alone, and then two parts of shared ones, of
+    which one or both may have no steps."""
+    part = i - tl.cdiv(alone - program, programs)
+    # the shared blocks' steps in one row: a program's share begins in one block, and may end in the next
+    begin = program * share
+    block = begin // steps + part
+    first = tl.maximum(begin, block * steps)
+    last = tl.minimum(tl.minimum(begin + share, (blocks - alone) * steps), (block + 1) * steps)
+    if part < 0:
+        return program + i * programs, 0, steps
+    else:
+        # a part without steps may be of a block that there is not
+        return tl.minimum(alone + block, blocks - 1), first - block * steps, tl.maximum(last - first, 0)
+
+
+@triton.jit
+def parts_of_block(block, steps, share):
+    """(first program, and one past the last) that have part of a shared block; shared ones are counted from 0."""
+    return block * steps // share, tl.cdiv((block + 1) * steps, share)
+
+
+@triton.jit
+def slot_of_part(program, block, steps, share):
+    """Where a program leaves its part of a shared block: it has at most two."""
+    return 2 * program + block - program * share // steps
+
+
+@gluon.jit
+def _loader(
+    sources, sizes, buffers, GROUP: gl.constexpr, SCALED: gl.constexpr, ZEROED: gl.constexpr, SUB: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SHARED_K: gl.constexpr,
+):  # fmt: skip
+    """Fills the ring for all of a program's blocks."""
+    x, codes, scale, zero = sources
+    blocks_m, blocks_n, tiles_n, tiles_k, rows, steps, alone, share, stripe_m = sizes
+    x_buf, w_buf, s_buf, z_buf, full, empty = buffers
+    TILES: gl.constexpr = BLOCK_N // 64
+    PER_GROUP: gl.constexpr = 1 if GROUP <= 64 // SUB else GROUP * SUB // 64  # tiles of K
+    SCALES: gl.constexpr = SUB * scale.block_type.nbytes if SCALED else 0
+    ZEROS: gl.constexpr = SUB * zero.block_type.nbytes if ZEROED else 0
+
+    stage = 0
+    phase = 1  # the ring is empty
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    for piece in range(gl.cdiv(alone - program, programs) + 2 * SHARED_K):
+        block, first, count = piece_of_work(piece, program, programs, blocks_m * blocks_n, steps, alone, share)
+        block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+        for step in range(first, first + count):
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, x.block_type.nbytes + SUB * TILES * codes.block_type.nbytes + SCALES + ZEROS)
+            tma_load(x, [block_m * BLOCK_M, step * 64], bar, x_buf.index(stage))
+            for sub in gl.static_range(SUB):
+                for i in gl.static_range(TILES):
+                    # blocks past the matrix's last tile read the last one again; their rows are not stored
+                    tile = gl.minimum(block_n * TILES + i, tiles_n - 1) * tiles_k + step * SUB + sub
+                    tma_load(codes, [tile * 16, 0], bar, w_buf.index(stage).slice((sub * TILES + i) * 16, 16))
+                group = gl.minimum(step * SUB + sub, tiles_k - 1) // PER_GROUP
+                if SCALED:
+                    _load_groups(scale, s_buf.index(stage), bar, sub, group * rows + block_n * BLOCK_N, BLOCK_N)
+                if ZEROED:
+                    _load_groups(zero, z_buf.index(stage), bar, sub, group * rows + block_n * BLOCK_N, BLOCK_N)
+            stage, phase = _advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _join_parts(acc, work, locks, block, sizes, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
+    """(sum of a shared block, whether all parts were there). Leaves a part's sum; the last program to do so adds up those of the block."""
+    blocks_m, blocks_n, tiles_n, tiles_k, rows, steps, alone, share, stripe_m = sizes
+    block -= alone
+    # rows (.., g 8), columns (.., j 2, t 4, p 2)
+    lines = acc.reshape(BLOCK_N // 8, 8, BLOCK_M // 16, 2, 4, 2).permute(0, 2, 1, 4, 3, 5).reshape(BLOCK_N * BLOCK_M // 128, 128)
+    layout: gl.constexpr = lines_layout(BLOCK_N, BLOCK_M, gl.num_warps())
+    lines = gl.convert_layout(lines, layout, assert_trivial=True)
+    line = gl.arange(0, BLOCK_N * BLOCK_M // 128, gl.SliceLayout(1, layout))[:, None] * 128
+    sums = work + (line + gl.arange(0, 128, gl.SliceLayout(0, layout))[None, :])
+    slot = slot_of_part(gl.program_id(0), block, steps, share).to(gl.int64)
+    gl.store(sums + slot * (BLOCK_N * BLOCK_M), lines)
+    tl.debug_barrier()  # all of the program's threads have stored before one of them says so
+    begin, end = parts_of_block(block, steps, share)
+    there = gl.atomic_add(locks + block, 1, sem="acq_rel") == end - begin - 1
+    if there:
+        # in the order of K, so that the result does not depend on who was last
+        slot = slot_of_part(begin, block, steps, share).to(gl.int64)
+        lines = gl.load(sums + slot * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+        for program in range(begin + 1, end):
+            slot = slot_of_part(program, block, steps, share).to(gl.int64)
+            lines += gl.load(sums + slot * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+        gl.store(locks + block, 0)
+    whole = lines.reshape(BLOCK_N // 8, BLOCK_M // 16, 8, 4, 2, 2).permute(0, 2, 1, 4, 3, 5).reshape(BLOCK_N, BLOCK_M)
+    return gl.convert_layout(whole, acc.type.layout, assert_trivial=True), there
+
+
+@gluon.jit
+def _store(
+    acc, factor, offset, y, y_buf, block_m, block_n, OUT: gl.constexpr, BIAS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """A block's sum becomes a block of y."""
+    acc = acc * OUT * factor[:, None]  # in this order: a row's factor may be near float32's end
+    if BIAS:
+        acc += offset.to(gl.float32)[:, None]
+    tma.store_wait(0)
+    tl.debug_barrier()  # the thread that stored the last block knows that it has been read
+    y_buf.permute([1, 0]).store(acc.to(y.dtype))
+    fence_async_shared()
+    tma_store(y, [block_m * BLOCK_M, block_n * BLOCK_N], y_buf)
+
+
+@gluon.jit
+def _consumers(
+    result, zero, sizes, buffers, CODE: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
+    UP: gl.constexpr, OUT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SHARED_K: gl.constexpr,
+):  # fmt: skip
+    """Empty the ring into blocks of y."""
+    y, row, bias, work, locks, N, y_buf = result
+    blocks_m, blocks_n, tiles_n, tiles_k, rows, steps, alone, share, stripe_m = sizes
+    x_buf, w_buf, s_buf, z_buf, full, empty = buffers
+    layout: gl.constexpr = acc_layout(BLOCK_M, gl.num_warps())
+    dtype: gl.constexpr = x_buf.dtype
+    SPANS: gl.constexpr = 4 if CODE == "int4" or CODE == "e2m1" else 2  # codes a word
+    PER_TILE: gl.constexpr = 1 if GROUP == 0 or GROUP >= 16 * SPANS else 16 * SPANS // GROUP
+    SPAN: gl.constexpr = SPANS // PER_TILE
+    SUB: gl.constexpr = 4 // SPANS  # tiles of K
+    TILES: gl.constexpr = BLOCK_N // 64
+
+    stage = 0
+    phase = 0
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    for piece in range(gl.cdiv(alone - program, programs) + 2 * SHARED_K):
+        block, first, count = piece_of_work(piece, program, programs, blocks_m * blocks_n, steps, alone, share)
+        block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+        # what storing takes, before it is waited for
+        n = block_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+        factor = gl.load(row + n, mask=n < N, other=0.0)
+        offset = 0.0
+        if BIAS:
+            offset = gl.load(bias + n, mask=n < N, other=0.0)
+        row_zero = 0
+        if ZERO and GROUP == 0:
+            at = block_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, span_layout(BLOCK_N, gl.num_warps())))
+            row_zero = gl.expand_dims(_load_zero(zero, at, rows), 1)
+
+        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
+        for step in range(count):
+            mbarrier.wait(full.index(stage), phase)
+            for sub in gl.static_range(SUB):
+                scales = 0
+                zeros = row_zero
+                if SCALE != "row":
+                    scales = _of_rows(s_buf.index(stage), sub, BLOCK_N)
+                if ZERO and GROUP != 0:
+                    zeros = _of_rows(z_buf.index(stage), sub, BLOCK_N)
+                words = w_buf.index(stage).slice(sub * TILES * 16, TILES * 16).load(words_layout(gl.num_warps()))
+                spans = _spans(words, CODE, BLOCK_N, dtype)
+                for j in gl.static_range(SPANS):
+                    w = _span(spans[j], j, scales, zeros, CODE, SCALE, SPAN, ZERO, UP, dtype)
+                    w = gl.convert_layout(w, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
+                    xt = x_buf.index(stage).permute([1, 0]).slice(16 * (sub * SPANS + j), 16)
+                    acc = warpgroup_mma(w, xt, acc, is_async=True)
+                    acc = warpgroup_mma_wait(3, deps=(acc,))
+            mbarrier.arrive(empty.index(_before(stage, STAGES)), count=1, pred=step > 0)  # all that read the buffer before this one is done
+            stage, phase = _advance(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(_before(stage, STAGES)), count=1, pred=count > 0)
+
+        whole = count == steps
+        if SHARED_K:
+            if (count > 0) & (count < steps):
+                acc, whole = _join_parts(acc, work, locks, block, sizes, BLOCK_N, BLOCK_M)
+            if whole:
+                _store(acc, factor, offset, y, y_buf, block_m, block_n, OUT, BIAS, BLOCK_N, BLOCK_M)
+        else:
+            _store(acc, factor, offset, y, y_buf, block_m, block_n, OUT, BIAS, BLOCK_N, BLOCK_M)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "tiles_n", "tiles_k", "rows", "steps", "alone", "share", "stripe_m"])
+def wide_kernel(
+    x, codes, row, scale, zero, bias, y, work, locks, M, N, tiles_n, tiles_k, rows, steps, alone, share, stripe_m,
+    CODE: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, UP: gl.constexpr, OUT: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SHARED_K: gl.constexpr,
+):  # fmt: skip
+    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n]. A program computes blocks program_id, + num_programs, ... of BLOCK_N columns and BLOCK_M rows of y.
+    That is for the first `alone` blocks; of the others, fewer than there are programs, each program does `share` of their steps.
+
+    TMA descriptors, with the blocks that are read or written at a time:
+    x            [M, K], [BLOCK_M, 64]                y  [M, N], [BLOCK_M, BLOCK_N]
+    codes        int16 [tiles_n * tiles_k * 16, 64], a tile
+    scale, zero  integers, 16 bytes a row, what one group of columns has for BLOCK_N rows of W
+
+    row  float32 [N]        bias  [N]        work  float32 [2 * num_programs, BLOCK_N, BLOCK_M]
+    locks  int32 [shared blocks], zeros        rows  of W in whole tiles        steps  of 64 columns, that cover K
+    """
+    dtype: gl.constexpr = x.dtype
+    SUB: gl.constexpr = 1 if CODE == "int4" or CODE == "e2m1" else 2  # tiles side by side in 64 columns
+    SCALED: gl.constexpr = SCALE != "row"
+    ZEROED: gl.constexpr = ZERO and GROUP != 0
+    x_buf = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, 64], x.layout)
+    w_buf = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 4 * SUB, 64], codes.layout)
+    s_buf = w_buf
+    z_buf = w_buf  # where there is none, nobody looks
+    if SCALED:
+        s_buf = gl.allocate_shared_memory(scale.dtype, [STAGES, SUB * scale.block_shape[0], scale.block_shape[1]], scale.layout)
+    if ZEROED:
+        z_buf = gl.allocate_shared_memory(zero.dtype, [STAGES, SUB * zero.block_shape[0], zero.block_shape[1]], zero.layout)
+    y_buf = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], y.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+
+    buffers = (x_buf, w_buf, s_buf, z_buf, full, empty)
+    sources = (x, codes, scale, zero)
+    sizes = (gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), tiles_n, tiles_k, rows, steps, alone, share, stripe_m)
+    result = (y, row, bias, work, locks, N, y_buf)
+    gl.warp_specialize(
+        [
+            (_consumers, (result, zero, sizes, buffers, CODE, SCALE, GROUP, ZERO, BIAS, UP, OUT, BLOCK_N, BLOCK_M, STAGES, SHARED_K)),
+            (_loader, (sources, sizes, buffers, GROUP, SCALED, ZEROED, SUB, BLOCK_N, BLOCK_M, STAGES, SHARED_K)),
+        ],
+        [1],
+        [24],
+    )
+
+
+@dataclass(frozen=True)
+class WideTile:
+    """block_n, block_m   rows of W, a multiple of 64 for each four of WARPS, and of x: a block of y
+    shared      whether programs share the K of the last blocks, where there are not as many of them as programs
+    stripe_m    blocks of x that are done before the next ones
+    """
+
+    block_n: int
+    block_m: int
+    shared: bool = False
+    stripe_m: int = 8
+
+
+# with the cycles that 64 columns of K take; the tensor core alone would take 1024, 1024 and 512
+TILES = (
+    (WideTile(128, 256), 1090),
+    (WideTile(256, 128), 1200),
+    (WideTile(128, 128), 635),
+)
+BLOCK = 8000  # cycles that a block takes besides: until the ring has something, and until the block is stored
+SUM = 12  # bytes of sums that are left or added up in a cycle
+LEAST_ROWS = 256
+WARPS = 8  # that decode and multiply
+SHARED_MEMORY = 227 << 10  # that one program may have
+
+
+@cache
+def blocks_of(spec: Spec, tile: WideTile) -> dict[str, tuple[list[int], gl.NVMMASharedLayout]]:
+    """What TMA reads and writes at a time, and how it lies in shared memory: argument -> (block, layout)."""
+    found = {
+        "x": ([tile.block_m, 64], SWIZZLED),
+        "codes": ([16, 64], SWIZZLED),
+        "y": ([tile.block_m, tile.block_n], SWIZZLED),
+    }
+    if spec.group is not None:
+        for name in ("scale", "zero") if spec.zero_point else ("scale",):
+            bits = scale_word_bits(spec, name == "zero") // 2  # of a row of W in a tile
+            found[name] = [tile.block_n * bits // 128, 128 // bits], group_layout(bits)
+    return found
+
+
+def stages(spec: Spec, tile: WideTile) -> int:
+    """Buffers of the ring: as many as there is room for."""
+    nbytes = {name: block[0] * block[1] * layout.element_bitwidth // 8 for name, (block, layout) in blocks_of(spec, tile).items()}
+    tiles = 64 // tile_k(spec)  # side by side
+    buffer = nbytes["x"] + tiles * (tile.block_n // 64 * nbytes["codes"] + nbytes.get("scale", 0) + nbytes.get("zero", 0))
+    # buffers begin at multiples of 1 KiB
+    return min(8, (SHARED_MEMORY - 1024 - nbytes["y"]) // (buffer + 16))
+
+
+@cache
+def constants(spec: Spec, dtype: torch.dtype, tile: WideTile) -> dict:
+    """What the kernel is compiled for. dtype: of x."""
+    up, down = powers(spec, dtype)
+    return {
+        "CODE": spec.code,
+        "SCALE": spec.scale if spec.group else "row",
+        "GROUP": spec.group or 0,
+        "ZERO": spec.zero_point,
+        "UP": up,
+        "OUT": 2.0**down,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "STAGES": stages(spec, tile),
+        "SHARED_K": tile.shared,
+        "num_warps": WARPS,
+        # the loader comes with four warps' registers, and gives most of them to the others
+        "maxnreg": 65536 // (32 * (WARPS + 4)) // 8 * 8,
+    }
+
+
+def share_out(blocks: int, steps: int, programs: int) -> tuple[int, int]:
+    """(blocks that programs compute alone, each as many, and the steps of what is left that each program does)."""
+    left = blocks % programs
+    if left == 0:
+        return blocks, 1
+    even = triton.cdiv(left * steps, programs)
+    # the same number of programs for each block leaves fewer sums
+    whole = triton.cdiv(steps, programs // left)
+    return blocks - left, whole if whole <= 1.1 * even else even
+
+
+@lru_cache(maxsize=8192)
+def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
+    """The tile with which the busiest multiprocessor is done first."""
+    sms, steps = multiprocessors(device), triton.cdiv(spec.k, 64)
+
+    def cycles(tile: WideTile, step: int) -> float:
+        blocks = triton.cdiv(m, tile.block_m) * triton.cdiv(spec.n, tile.block_n)
+        if not tile.shared:
+            return triton.cdiv(blocks, sms) * (steps * step + BLOCK)
+        alone, share = share_out(blocks, steps, sms)
+        left = blocks - alone
+        if left == 0 or left > LOCKS * triton.cdiv(spec.n, 64):
+            return inf
+        # a program leaves the sums of its parts, and the last one of a block adds up those of all parts
+        parts = 1 if steps % share == 0 else 2
+        sums = (parts + steps / share + parts - 1) * 4 * tile.block_m * tile.block_n / SUM
+        return alone // sms * (steps * step + BLOCK) + share * step + BLOCK + sums
+
+    candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, True)]
+    return min(candidates, key=lambda entry: cycles(*entry))[0]
+
+
+def refuses(spec: Spec, x: Tensor, out: Tensor) -> str | None:
+    """Why `linear` cannot compute out from x, as a sentence; None where it can."""
+    if not on_hopper():
+        return "the wide kernel is made for Hopper"
+    if spec.code is None:
+        return "the matrix is not quantized"
+    for name, t in (("x", x), ("out", out)):
+        if t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16:
+            return f"TMA wants rows of {name} that begin at multiples of 16 bytes; they are {t.stride(0)} columns apart, from {t.data_ptr():#x}"
+    return None
+
+
+def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None, tile: WideTile | None = None) -> None:
+    """out[M, N] = x[M, K] @ W.T + bias. x and out are bfloat16 or float16, and `refuses` has nothing against them; M > 0.
+
+    tile  None: by the sizes
+    Raises ValueError where there are fewer locks than blocks that share K.
+    """
+    t = named("triton", spec, tensors)
+    m, codes, row = x.shape[0], t["codes"], t["row"]
+    tile = tile or choose(m, spec, x.device)
+    blocks, steps = triton.cdiv(m, tile.block_m) * triton.cdiv(spec.n, tile.block_n), triton.cdiv(spec.k, 64)
+    programs = multiprocessors(x.device)
+    alone, share, work = blocks, 1, row
+    if tile.shared:
+        alone, share = share_out(blocks, steps, programs)
+        if blocks - alone > t["locks"].numel():
+            raise ValueError(f"{blocks - alone} blocks share K, and there are {t['locks'].numel()} locks")
+        work = torch.empty(2 * programs * tile.block_n * tile.block_m, dtype=torch.float32, device=x.device)
+    else:
+        programs = min(programs, blocks)
+
+    of = {"x": x, "codes": codes.view(-1, 64), "y": out}
+    by_tma = blocks_of(spec, tile)
+    for name in by_tma.keys() - of.keys():
+        width = by_tma[name][0][1]
+        of[name] = t[name].view(INTEGERS[16 // width]).view(-1, width)
+    a = {name: TensorDescriptor(of[name], list(of[name].shape), list(of[name].stride()), *how) for name, how in by_tma.items()}
+    wide_kernel[(programs,)](
+        a["x"], a["codes"], row, a.get("scale", row), a.get("zero", t.get("zero", row)), row if bias is None else bias, a["y"], work, t["locks"],
+        m, spec.n, codes.shape[0], codes.shape[1], 64 * codes.shape[0], steps, alone, share, tile.stripe_m,
+        **constants(spec, x.dtype, tile), BIAS=bias is not None,
+    )  # fmt: skip
