@@ -29,7 +29,7 @@ _done: set[tuple] = set()
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see kernel.py, wide.py and dense.py. M > 0."""
-    if x.shape[0] >= wide.LEAST_ROWS and wide.refuses(spec, x, out) is None:
+    if x.shape[0] >= wide.LEAST_ROWS and wide.seen(spec, x.dtype) and wide.refuses(spec, x, out) is None:
         module = wide
     else:
         module = dense if x.shape[0] >= dense.LEAST_ROWS else kernel
@@ -88,7 +88,9 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
             # what else a kernel is compiled for: the format, whether steps divide K, and which sizes are multiples of 16
             sizes = spec.k % (tile.step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0
             _run_once(kernel, m, spec, own, dtype, bias, tile, shared, sizes)
-        if on_hopper() and spec.k % 8 == 0 and spec.n % 8 == 0:  # as TMA wants it; what else it wants a layer's x and y have
+        if (
+            on_hopper() and wide.seen(spec, dtype) and spec.k % 8 == 0 and spec.n % 8 == 0
+        ):  # as TMA wants it; what else it wants a layer's x and y have
             for tile, m in wide_variants(spec, device).items():
                 _run_once(wide, m, spec, own, dtype, bias, tile)
         key = (device, dtype, replace(spec, n=0, k=0), spec.k % (dense.TILE.step * tile_k(spec)) == 0, spec.k % 16 == 0)
