@@ -61,10 +61,12 @@ def presets() -> str:
 
 
 def linear() -> str:
-    """The newest bench/results/linear.json: time relative to the fastest rival, by rows of x."""
-    data = _figures("linear")
-    if data is None:
-        return "Not measured yet: `make bench`."
+    """bench/results/linear*.json: time relative to others, by rows of x, the newest first."""
+    found = [_linear(data) for name in ("linear", "linear_few_rows") if (data := _figures(name))]
+    return "\n\n".join(found) or "Not measured yet: `make bench`."
+
+
+def _linear(data: dict) -> str:
     times: dict[tuple, dict[str, float]] = {}
     for row in data["rows"]:
         case = row["case"]
@@ -73,16 +75,17 @@ def linear() -> str:
     impls = sorted({i for t in times.values() for i in t if i != "qplugins"})
     lines = []
     for fmt, m in sorted({(f, m) for f, m, _, _ in times}):
-        cell = [f"`{fmt}`", m]
+        cell = [f"`{fmt}`", f"{m:,}"]
         for impl in impls:
             ratios = [
                 t[impl] / t["qplugins"] for (f, mm, _, _), t in times.items() if (f, mm) == (fmt, m) and impl in t and "qplugins" in t
             ]
             cell.append(f"{statistics.geometric_mean(ratios):.2f}" if ratios else "")
         lines.append(cell)
-    head = f"{_where(data)}."
+    shapes = [f"{n:,} x {k:,}" for n, k in dict.fromkeys((n, k) for _, _, n, k in times)]
+    over = f"geometric mean over {', '.join(shapes)}" if len(shapes) > 1 else shapes[0]
     table = markdown(("format", "rows", *(f"{i} / qplugins" for i in impls)), lines)
-    return f"{head} Time of the other over ours, geometric mean over the shapes; above 1 qplugins is faster.\n\n{table}"
+    return f"{_where(data)}. Time of the other over ours, {over}; above 1 qplugins is faster.\n\n{table}"
 
 
 def attention() -> str:
