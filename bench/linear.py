@@ -3,8 +3,12 @@
 import argparse
 import sys
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
+from itertools import product
 from math import exp, log
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -46,23 +50,47 @@ def own(name: str):
     return found
 
 
+def implementations(name: str, only: list[str] | None) -> dict:
+    """What multiplies with that format, those whose names begin with one of `only`: see rivals.py for what each takes and returns."""
+    found = own(name) | {k: v for k, v in rivals.RIVALS.items() if k != "scaled_mm alone" or name == "fp8"}
+    return {k: v for k, v in found.items() if not only or k.startswith(tuple(only))}
+
+
+def shapes(models: list[str]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys(shape for model in models for shape in workload.MODELS[model]))
+
+
+def compile_ahead(formats: list[str], models: list[str], rows: list[int], only: list[str] | None, processes: int) -> None:
+    """Calls everything once, in several processes. What it compiles stays in the caches on disk, and timing need not wait for compilers."""
+    tasks = [(f, shape, impl, rows) for f, shape in product(formats, shapes(models)) for impl in implementations(f, only)]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        list(pool.map(_call_once, tasks))
+
+
+def _call_once(task: tuple) -> None:
+    name, (n, k), impl, rows = task
+    with suppress(Exception):  # whatever does not run says so when it is timed
+        calls_of = implementations(name, None)[impl](workload.random_matrix(name, n, k), 1)
+        for m in rows:
+            with suppress(Exception):
+                calls_of(torch.randn(m, k, dtype=torch.bfloat16, device="cuda"))[0]()
+                torch.cuda.synchronize()
+
+
 def run(formats: list[str], models: list[str], rows: list[int], only: list[str] | None, rep_ms: float, out: Path) -> list[Row]:
     """Every implementation on every case: checked against float32 first, then timed. What was measured is saved after each shape."""
     rate = bandwidth()
     print(f"copy bandwidth {rate / 1e12:.2f} TB/s; floor = (packed weights + x + y) / that")
     found: list[Row] = []
     for name in formats:
-        implementations = {**own(name), **{k: v for k, v in rivals.RIVALS.items() if k != "scaled_mm alone" or name == "fp8"}}
-        for n, k in dict.fromkeys(shape for model in models for shape in workload.MODELS[model]):
+        for n, k in shapes(models):
             q = workload.random_matrix(name, n, k)
             nbytes = sum(t.nbytes for t in workload.layer(name, n, k, 1, q)[0][1])
             xs = {m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in rows}
             w = q.dequantize()
             want = {m: matmul(x[:256], w) for m, x in xs.items()}
             del w
-            for impl, make in implementations.items():
-                if only and not any(impl.startswith(o) for o in only):
-                    continue
+            for impl, make in implementations(name, only).items():
                 try:
                     # one matrix at a time that is not in the cache; bf16 weights are larger, so fewer do
                     calls_of = make(q, min(64, copies(nbytes)))
@@ -130,12 +158,20 @@ def summary(found: list[Row]) -> str:
         others = [r.us for impl, r in by.items() if impl in ("marlin", "humming", "machete")]
         if others:
             ratios[name, m]["rival"].append(min(others) / us)
+        if "qplugins w8a8" in by and "scaled_mm alone" in by:
+            ratios[name, m]["w8a8"].append(by["scaled_mm alone"].us / by["qplugins w8a8"].us)
 
     def mean(values: list[float]) -> str:
         return f"{exp(sum(map(log, values)) / len(values)):.2f} ({min(values):.2f})" if values else "-"
 
-    lines = [[name, m, mean(r["rival"]), mean(r["cublas"]), mean(r["floor"])] for (name, m), r in ratios.items()]
-    return table(["format", "M", "best rival / qplugins (worst)", "cublas bf16 / qplugins (worst)", "floor / qplugins (worst)"], lines)
+    columns = {
+        "rival": "best rival / qplugins (worst)",
+        "cublas": "cublas bf16 / qplugins (worst)",
+        "floor": "floor / qplugins (worst)",
+        "w8a8": "scaled_mm alone / w8a8 (worst)",
+    }
+    lines = [[name, m, *(mean(r[c]) for c in columns)] for (name, m), r in ratios.items()]
+    return table(["format", "M", *columns.values()], lines)
 
 
 def main() -> None:
@@ -144,13 +180,17 @@ def main() -> None:
     p.add_argument("--models", nargs="+", default=["8b", "70b"], choices=list(workload.MODELS))
     p.add_argument("--rows", nargs="+", type=int, help=f"rows of x; default {' '.join(map(str, workload.ROWS))}")
     p.add_argument("--only", nargs="+", help="implementations whose name begins so: qplugins cublas marlin humming machete scaled_mm")
+    p.add_argument("--compile", type=int, default=0, metavar="N", help="first have N processes compile everything")
     p.add_argument("--rep", type=float, default=20, help="milliseconds that a timing takes, ten times over")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     a = p.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here: the benchmark times kernels on one")
     torch.manual_seed(0)
-    found = run(a.formats, a.models, a.rows or list(workload.ROWS), a.only, a.rep, a.out / "linear.json")
+    what = a.formats, a.models, a.rows or list(workload.ROWS), a.only
+    if a.compile:
+        compile_ahead(*what, a.compile)
+    found = run(*what, a.rep, a.out / "linear.json")
     print("\n" + summary(found))
 
 

@@ -4,6 +4,7 @@ Marlin, Machete and humming come through vLLM's own layer kernels (0.33: vllm.mo
 compressed-tensors schemes fill it, the kernel repacks it, `apply_weights` runs it.
 """
 
+import tempfile
 from collections.abc import Callable
 from functools import cache
 
@@ -58,7 +59,8 @@ def _vllm_world() -> None:
 
     context = set_current_vllm_config(VllmConfig())
     context.__enter__()
-    init_distributed_environment(world_size=1, rank=0, distributed_init_method="tcp://127.0.0.1:29631", local_rank=0)
+    meeting = f"file://{tempfile.mkdtemp()}/world"  # no port: several of these may run side by side
+    init_distributed_environment(world_size=1, rank=0, distributed_init_method=meeting, local_rank=0)
     initialize_model_parallel()
 
 
