@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.common import Row, rel_rms, save, table  # noqa: E402
+from bench.common import Row, command, rel_rms, save, table  # noqa: E402
 from qplugins.kernels.attention import decode as decode_kernel  # noqa: E402
 from qplugins.kernels.attention import ref as attention  # noqa: E402
 from qplugins.kernels.attention.op import merge, prefill  # noqa: E402
@@ -330,7 +330,7 @@ def main() -> None:
     rows: list[Row] = []
     for op in args.ops:
         rows += runs[op]()
-        save(args.out, rows, suite="attention", bandwidth=rate)
+        save(args.out, rows, suite="attention", bandwidth=rate, command=command())
     lines = [
         (
             r.case["op"],

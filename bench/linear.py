@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from bench import rivals  # noqa: E402
-from bench.common import Row, rel_rms, save, table  # noqa: E402
+from bench.common import Row, command, rel_rms, save, table  # noqa: E402
 from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
 from qplugins.kernels.linear import kernel, variants, wide, workload  # noqa: E402
 from qplugins.kernels.linear.ref import matmul  # noqa: E402
@@ -78,7 +78,8 @@ def _call_once(task: tuple) -> None:
 
 
 def run(formats: list[str], models: list[str], rows: list[int], only: list[str] | None, rep_ms: float, out: Path) -> list[Row]:
-    """Every implementation on every case: checked against float32 first, then timed. What was measured is saved after each shape."""
+    """Every implementation on every case: checked against float32 first, then timed. What was measured is saved after each shape, a file for
+    each format."""
     rate = bandwidth()
     print(f"copy bandwidth {rate / 1e12:.2f} TB/s; floor = (packed weights + x + y) / that")
     found: list[Row] = []
@@ -115,7 +116,7 @@ def run(formats: list[str], models: list[str], rows: list[int], only: list[str] 
                 del calls_of
                 torch.cuda.empty_cache()
             _print_shape(found, name, n, k, rows)
-            save(out, found)
+            save(out / f"linear_{name}.json", [r for r in found if r.case["format"] == name], command=command())
     return found
 
 
@@ -190,7 +191,7 @@ def main() -> None:
     what = a.formats, a.models, a.rows or list(workload.ROWS), a.only
     if a.compile:
         compile_ahead(*what, a.compile)
-    found = run(*what, a.rep, a.out / "linear.json")
+    found = run(*what, a.rep, a.out)
     print("\n" + summary(found))
 
 

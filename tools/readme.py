@@ -61,8 +61,9 @@ def presets() -> str:
 
 
 def linear() -> str:
-    """bench/results/linear*.json: time relative to others, by rows of x, the newest first."""
-    found = [_linear(data) for name in ("linear", "linear_few_rows") if (data := _figures(name))]
+    """bench/results/linear_*.json: time relative to others, by rows of x."""
+    names = ("nvfp4", "nvfp4_few_rows", "int4_g128", "fp8", "mxfp4", "int8")
+    found = [_linear(data) for name in names if (data := _figures(f"linear_{name}"))]
     return "\n\n".join(found) or "Not measured yet: `make bench`."
 
 

@@ -19,7 +19,7 @@ TILE = Tile(64, 1, 2)  # what one program decodes: rows, none of x, tiles of col
 SCRATCH = 1 << 28  # bytes of decoded weights at a time
 LEAST_ROWS = 4096
 """Of x, from which on this is the faster one: there what decoding reads and writes, 2.6 bytes a weight, takes less time than kernel.py loses to a
-16-bit product, 13 % or more (bench/results/linear.json)."""
+16-bit product, 13 % or more (bench/results/linear_nvfp4.json)."""
 
 
 @triton.jit(do_not_specialize=["first_row", "N", "tiles_k", "pairs"])
