@@ -44,7 +44,7 @@ test-gpu: ## the tests that need a GPU, with the Python that has qplugins and vL
 	$(PY) -m pytest tests/kernels tests/kv $(PYTEST_ARGS)  # interpreted elsewhere, compiled here
 	$(PY) -m pytest -m gpu integration_tests --ignore integration_tests/engine_sglang $(PYTEST_ARGS)
 
-bench: ## time the kernels on this machine's GPU: make bench PY=python OP=linear, or attention, moe, engine_vllm, serving, engine_sglang
+bench: ## time the kernels on this machine's GPU: make bench PY=python OP=linear, or attention, moe, engine_vllm, serving, engine_sglang, all
 	$(PY) bench/$(OP).py
 
 wheel: $(VENV)/.done ## build dist/qplugins-*.whl
