@@ -142,22 +142,33 @@ def engines() -> str:
     return markdown(columns, lines) + "\n\n" + "; ".join(heads) + "."
 
 
-def weights() -> str:
-    """bench/results/engine_vllm_weights.json: what NVFP4 weights give a whole engine."""
-    data = _figures("engine_vllm_weights")
+def _configurations(name: str, op: str, columns: dict[str, str], *by: str) -> str:
+    """A table of bench/results/NAME.json: a line for each configuration, named by `by`, and a column for each of `columns` (a row's key -> title)."""
+    data = _figures(name)
     if data is None:
-        return "Not measured yet: `make bench OP=engine_vllm`."
-    shapes = {"1x512_token_ms": "batch 1: ms a token", "16x512_token_ms": "batch 16", "64x512_token_ms": "batch 64"}
-    columns = shapes | {"1x8192_prefill_s": "a prompt of 8,192, s"}
-    lines = [(f"`{row['weights']}`", *(f"{row[c]:.3f}" if "_s" in c else f"{row[c]:.2f}" for c in columns)) for row in data["rows"]]
-    return f"{_where(data)}, `{data['command']}`.\n\n" + markdown(("weights", *columns.values()), lines)
+        return f"Not measured yet: `make bench OP={op}`."
+
+    def cell(x: float | str) -> str:
+        return x if isinstance(x, str) else f"{x:,}" if isinstance(x, int) else f"{x:,.2f}" if x >= 1 else f"{x:.3f}"
+
+    lines = [(*(f"`{row[b]}`" for b in by), *(cell(row.get(c, "")) for c in columns)) for row in data["rows"]]
+    titles = {"weights": "weights", "kv": "KV cache"}
+    return f"{_where(data)}, `{data['command']}`.\n\n" + markdown((*(titles[b] for b in by), *columns.values()), lines)
+
+
+def weights() -> str:
+    """What NVFP4 weights give a whole engine."""
+    columns = {
+        "1x512_token_ms": "batch 1: ms a token",
+        "16x512_token_ms": "batch 16",
+        "64x512_token_ms": "batch 64",
+        "1x8192_prefill_s": "a prompt of 8,192, s",
+    }
+    return _configurations("engine_vllm_weights", "engine_vllm", columns, "weights")
 
 
 def both() -> str:
-    """bench/results/engine_vllm_nvfp4.json: NVFP4 weights and a small KV cache together."""
-    data = _figures("engine_vllm_nvfp4")
-    if data is None:
-        return "Not measured yet: `make bench OP=engine_vllm`."
+    """NVFP4 weights and a small KV cache together."""
     columns = {
         "tokens_per_gib": "tokens in a GiB",
         "16x8192_token_ms": "16 x 8,192: ms a token",
@@ -165,18 +176,11 @@ def both() -> str:
         "8x32768_token_ms": "8 x 32,768: ms a token",
         "8x32768_prefill_s": "its prompts, s",
     }
-    lines = [
-        (f"`{row['weights']}`", f"`{row['kv']}`", *(f"{row[c]:,}" if "gib" in c else f"{row[c]:.2f}" for c in columns))
-        for row in data["rows"]
-    ]
-    return f"{_where(data)}, `{data['command']}`.\n\n" + markdown(("weights", "KV cache", *columns.values()), lines)
+    return _configurations("engine_vllm_nvfp4", "engine_vllm", columns, "weights", "kv")
 
 
 def serving() -> str:
-    """bench/results/serving.json: `vllm bench serve` at the highest load that a KV cache of one size holds."""
-    data = _figures("serving")
-    if data is None:
-        return "Not measured yet: `make bench OP=serving`."
+    """`vllm bench serve` at the highest load that a KV cache of one size holds."""
     columns = {
         "concurrency": "requests at once",
         "req_s": "requests a second",
@@ -185,8 +189,7 @@ def serving() -> str:
         "itl_p50": "between tokens, ms: p50",
         "itl_p99": "p99",
     }
-    lines = [(f"`{row['weights']}`", f"`{row['kv']}`", *(row.get(c, "") for c in columns)) for row in data["rows"]]
-    return f"{_where(data)}, `{data['command']}`.\n\n" + markdown(("weights", "KV cache", *columns.values()), lines)
+    return _configurations("serving", "serving", columns, "weights", "kv")
 
 
 def kv() -> str:
