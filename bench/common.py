@@ -44,10 +44,11 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command that this is, but for where it writes."""
+    """The command that this is, but for where it writes and what it waits for."""
     args = sys.argv[1:]
-    if "--out" in args:
-        del args[args.index("--out") : args.index("--out") + 2]
+    for option in ("--out", "--after"):
+        if option in args:
+            del args[args.index(option) : args.index(option) + 2]
     return shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *args])
 
 

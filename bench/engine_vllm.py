@@ -9,7 +9,8 @@ request got its first token and its last, over N: the median over the batch's re
 takes longer than --timeout, is a row that says why.
 
 --together starts all configurations at the same time, where they fit the GPU side by side, and measures one after the other while the rest are
-idle: starting takes longer than measuring. Each then gets as much memory for its KV cache as the largest shape takes.
+idle: starting takes longer than measuring. Each then gets as much memory for its KV cache as the largest shape takes. Several of these commands
+start side by side too: with --after FILE each says when it is ready, and measures once FILE is there.
 
 weights: bf16; nvfp4, vLLM's own choice of a kernel for a weight-only NVFP4 checkpoint; nvfp4-humming, the kernel by that name; or a
 --quantization of ours that quantizes while loading, such as qplugins-nvfp4. lm_head has 16 bits in all of them.
@@ -200,7 +201,7 @@ class Process:
 
 
 def rows_of(
-    configurations: list[tuple[str, str]], shapes: list[tuple[int, int]], more: dict, timeout: float, together: bool
+    configurations: list[tuple[str, str]], shapes: list[tuple[int, int]], more: dict, timeout: float, together: bool, after: Path | None
 ) -> Iterator[dict]:
     if not together:
         for kv, weights in configurations:
@@ -212,6 +213,10 @@ def rows_of(
         deadline = time.monotonic() + timeout
         while not all(p.started() for p in processes) and time.monotonic() < deadline:
             time.sleep(1)
+        if after is not None:
+            print(READY, flush=True)
+            while not after.exists():
+                time.sleep(0.2)
         for process in processes:
             yield process.row(timeout)
 
@@ -220,12 +225,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kv", nargs="+", default=list(KV))
     parser.add_argument("--weights", nargs="+", default=["bf16"], help=" ".join(WEIGHTS))
+    parser.add_argument("--pairs", nargs="+", metavar="KV:WEIGHTS", help="these, instead of each --kv with each of --weights")
     parser.add_argument("--shapes", nargs="+", default=[f"{b}x{n}" for b, n in SHAPES], metavar="BATCHxTOKENS")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, JSON")
     parser.add_argument(
         "--timeout", type=float, default=240, help="seconds of one configuration; with --together, of all to start, and of each"
     )
     parser.add_argument("--together", action="store_true", help="start all configurations at once, and measure one after the other")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="with --together: measure once it exists")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "engine_vllm.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -234,9 +241,9 @@ def main() -> None:
         print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more, together)), flush=True)
         return
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes]
-    configurations = [(kv, weights) for weights in args.weights for kv in args.kv]
+    configurations = [tuple(p.split(":")) for p in args.pairs or [f"{kv}:{weights}" for weights in args.weights for kv in args.kv]]
     rows = []
-    for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together):
+    for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together, args.after):
         rows.append(row)
         print(json.dumps(row), flush=True)
         # after each, so that what was measured is there when a later one takes the machine down

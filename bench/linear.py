@@ -28,12 +28,12 @@ E4M3_TOLERANCE = 0.05
 def own(name: str):
     """qplugins' weight-only product, beside it the one kernel that all rows could have, and for fp8 the W8A8 product."""
 
-    def weight_only(linear, least, q, count):
+    def weight_only(linear, beside_wide, q, count):
         sets = workload.layer(name, *q.shape, count, q)
 
         def calls(x):
-            if x.shape[0] < least:
-                raise NotImplementedError(f"is for {least} rows and more")
+            if beside_wide and not wide.suits(x.shape[0], sets[0][0]):
+                raise NotImplementedError("is what qplugins runs")
             y = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device=x.device)
 
             def call(spec, tensors):
@@ -44,7 +44,7 @@ def own(name: str):
 
         return calls
 
-    found = {"qplugins": partial(weight_only, variants.linear, 1), "qplugins kernel": partial(weight_only, kernel.linear, wide.LEAST_ROWS)}
+    found = {"qplugins": partial(weight_only, variants.linear, False), "qplugins kernel": partial(weight_only, kernel.linear, True)}
     if name == "fp8":
         found["qplugins w8a8"] = partial(rivals.scaled_mm, quantizer=True)
     return found

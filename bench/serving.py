@@ -2,7 +2,7 @@
 
     source bench/checkout.sh && python bench/serving.py [--out FILE] [--kv auto fp8 int4_sink] [--weights bf16 qplugins-nvfp4]
 
-8,192 tokens in and 256 out, random, as many requests at once as the cache holds and four times as many in all: requests a second, and the
+8,192 tokens in and 256 out, random, as many requests at once as the cache holds and --waves times as many in all: requests a second, and the
 median and 99th percentile of the time to the first token and between tokens. The model is that of engine_vllm.py, 16 layers of Llama 3 8B's
 shape with random weights, and a vocabulary as large as that of the tokenizer at hand.
 
@@ -32,7 +32,6 @@ FIGURES = {
     "itl_p50": "median_itl_ms",
     "itl_p99": "p99_itl_ms",
 }
-WAVES = 4
 
 
 def model(folder: Path, **shape: int) -> Path:
@@ -45,12 +44,12 @@ def model(folder: Path, **shape: int) -> Path:
     return folder
 
 
-def load(server: VllmServer, tokenizer: Path, concurrency: int, tokens_in: int, tokens_out: int, result: Path) -> dict:
-    """`vllm bench serve` of WAVES * concurrency requests, after a first one."""
+def load(server: VllmServer, tokenizer: Path, concurrency: int, options: argparse.Namespace, result: Path) -> dict:
+    """`vllm bench serve` of options.waves * concurrency requests, after a first one."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", server.url, "--model", NAME]
     command += ["--tokenizer", str(tokenizer), "--dataset-name", "random", "--ignore-eos", "--num-warmups", "1", "--disable-tqdm"]
-    command += ["--random-input-len", str(tokens_in), "--random-output-len", str(tokens_out)]
-    command += ["--max-concurrency", str(concurrency), "--num-prompts", str(WAVES * concurrency)]
+    command += ["--random-input-len", str(options.tokens_in), "--random-output-len", str(options.tokens_out)]
+    command += ["--max-concurrency", str(concurrency), "--num-prompts", str(options.waves * concurrency)]
     command += ["--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99"]
     command += ["--save-result", "--result-dir", str(result.parent), "--result-filename", result.name]
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)
@@ -77,7 +76,7 @@ def measure(server: VllmServer, options: argparse.Namespace, folder: Path) -> di
     """What a row says of a server that runs."""
     tokens = server.kv_tokens
     concurrency = min(256, tokens // (options.tokens_in + options.tokens_out))
-    found = load(server, folder, concurrency, options.tokens_in, options.tokens_out, folder / "result.json")
+    found = load(server, folder, concurrency, options, folder / "result.json")
     figures = {name: round(found[key], 3) for name, key in FIGURES.items()}
     return {"tokens": tokens, "concurrency": concurrency, **figures, "failed": found.get("failed", 0)}
 
@@ -89,6 +88,7 @@ def main() -> None:
     parser.add_argument("--kv-bytes", type=int, default=8 << 30)
     parser.add_argument("--tokens-in", type=int, default=8192)
     parser.add_argument("--tokens-out", type=int, default=256)
+    parser.add_argument("--waves", type=int, default=4, help="times as many requests in all as at once")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--together", action="store_true", help="start all servers at once, and measure one after the other")

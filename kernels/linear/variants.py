@@ -2,7 +2,7 @@
 request of some length waits seconds for a compiler.
 
     kernel.py    few rows, on every GPU; all up to dense.LEAST_ROWS where nothing else runs
-    wide.py      wide.LEAST_ROWS and more, on Hopper
+    wide.py      as many as wide.suits says, on Hopper
     dense.py     dense.LEAST_ROWS and more, elsewhere
 
 Triton compiles a kernel anew for each block size, and which one is used depends on the number of rows. An engine's own warming up covers the
@@ -29,7 +29,7 @@ _done: set[tuple] = set()
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see kernel.py, wide.py and dense.py. M > 0."""
-    if x.shape[0] >= wide.LEAST_ROWS and wide.seen(spec, x.dtype) and wide.refuses(spec, x, out) is None:
+    if wide.suits(x.shape[0], spec) and wide.refuses(spec, x, out) is None:
         module = wide
     else:
         module = dense if x.shape[0] >= dense.LEAST_ROWS else kernel
@@ -53,10 +53,10 @@ def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
 def wide_variants(spec: Spec, device: torch.device) -> dict[wide.WideTile, int]:
     """The same of wide.py, for up to MOST_WIDE rows."""
     found: dict[wide.WideTile, int] = {}
-    # one of each 128, which no block of more rows divides
-    for m in range(wide.LEAST_ROWS, MOST_WIDE + 1, 128):
-        tile = wide.choose(m, spec, device)
-        found.setdefault(replace(tile, stripe_m=1), m)
+    # one of each 32 and later of each 128, which no block of more rows divides
+    for m in (*range(32, 256, 32), *range(256, MOST_WIDE + 1, 128)):
+        if wide.suits(m, spec):
+            found.setdefault(replace(wide.choose(m, spec, device), stripe_m=1), m)
     return found
 
 
@@ -88,9 +88,7 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
             # what else a kernel is compiled for: the format, whether steps divide K, and which sizes are multiples of 16
             sizes = spec.k % (tile.step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0
             _run_once(kernel, m, spec, own, dtype, bias, tile, shared, sizes)
-        if (
-            on_hopper() and wide.seen(spec, dtype) and spec.k % 8 == 0 and spec.n % 8 == 0
-        ):  # as TMA wants it; what else it wants a layer's x and y have
+        if on_hopper() and spec.k % 8 == 0 and spec.n % 8 == 0:  # as TMA wants it; what else it wants a layer's x and y have
             for tile, m in wide_variants(spec, device).items():
                 _run_once(wide, m, spec, own, dtype, bias, tile)
         key = (device, dtype, replace(spec, n=0, k=0), spec.k % (dense.TILE.step * tile_k(spec)) == 0, spec.k % 16 == 0)

@@ -460,14 +460,20 @@ class WideTile:
     stripe_m: int = 8
 
 
-# with the cycles that 64 columns of K take; the tensor core alone would take 1024, 1024 and 512
+# with the cycles that 64 columns of K take; the tensor core alone would take 128 for each 128 x 32 of a block. All three fitted to times on an H100
 TILES = (
-    (WideTile(128, 256), 1090),
-    (WideTile(256, 128), 1200),
-    (WideTile(128, 128), 635),
+    (WideTile(256, 32), 895),
+    (WideTile(128, 64), 550),
+    (WideTile(256, 64), 905),
+    (WideTile(128, 128), 655),
+    (WideTile(256, 128), 1270),
+    (WideTile(128, 256), 1175),
 )
-BLOCK = 8000  # cycles that a block takes besides: until the ring has something, and until the block is stored
-SUM = 12  # bytes of sums that are left or added up in a cycle
+BLOCK = 7200  # cycles that a block, or a part of one, takes besides: until the ring has something, and until it is stored
+SUM = 40  # bytes of sums that are left or added up in a cycle
+# (rows, weights): from so many rows on, this is quicker than kernel.py for a matrix of so many 4-bit weights. It was not timed for 8-bit ones
+# of fewer than the last number of rows
+LEAST = ((17, 200_000_000), (33, 50_000_000), (65, 0))
 LEAST_ROWS = 256
 WARPS = 8  # that decode and multiply
 SHARED_MEMORY = 227 << 10  # that one program may have
@@ -536,18 +542,19 @@ def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
 
     def cycles(tile: WideTile, step: int) -> float:
         blocks = triton.cdiv(m, tile.block_m) * triton.cdiv(spec.n, tile.block_n)
+        block = steps * step + BLOCK
         if not tile.shared:
-            return triton.cdiv(blocks, sms) * (steps * step + BLOCK)
+            return triton.cdiv(blocks, sms) * block
         alone, share = share_out(blocks, steps, sms)
-        # where programs have blocks of their own first, sharing the others gained little, and was not seen on a GPU in its present form
-        if alone or blocks > LOCKS * triton.cdiv(spec.n, 64):
+        if blocks == alone or blocks - alone > LOCKS * triton.cdiv(spec.n, 64):
             return inf
         # a program leaves the sums of its parts, and the last one of a block adds up those of all parts
         parts = 1 if steps % share == 0 else 2
         sums = (parts + steps / share + parts - 1) * 4 * tile.block_m * tile.block_n / SUM
-        return share * step + BLOCK + sums
+        return alone // sms * block + share * step + parts * BLOCK + sums
 
-    candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, True)]
+    # more than 64 rows in blocks of fewer would decode everything more than once
+    candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, True) if tile.block_m >= min(m, 128)]
     return min(candidates, key=lambda entry: cycles(*entry))[0]
 
 
@@ -563,10 +570,11 @@ def refuses(spec: Spec, x: Tensor, out: Tensor) -> str | None:
     return None
 
 
-def seen(spec: Spec, dtype: torch.dtype) -> bool:
-    """Whether every test of such a matrix and x was seen to pass on a GPU. Until then they stay with the plain kernel: what can go wrong here,
-    registers that change while the tensor core reads them, shows nowhere else."""
-    return dtype == torch.bfloat16 and spec.code != "int8"
+def suits(m: int, spec: Spec) -> bool:
+    """Whether this is quicker than kernel.py for m rows."""
+    if spec.code is None or spec.bits > 4:
+        return m >= LEAST_ROWS
+    return any(m >= rows and spec.n * spec.k >= weights for rows, weights in LEAST)
 
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None, tile: WideTile | None = None) -> None:

@@ -30,9 +30,9 @@ def test_every_number_of_rows_runs_a_variant_that_is_warmed(s):
 
     known = variants.wide_variants(s, CPU)
     assert 1 <= len(known) <= 2 * len(wide.TILES)
-    for m in range(wide.LEAST_ROWS, variants.MOST_WIDE + 500):
-        tile = wide.choose(m, s, CPU)
-        assert replace(tile, stripe_m=1) in known, m
+    for m in range(1, variants.MOST_WIDE + 500):
+        if wide.suits(m, s):
+            assert replace(wide.choose(m, s, CPU), stripe_m=1) in known, m
 
 
 def test_off_the_gpu_nothing_runs(monkeypatch):
