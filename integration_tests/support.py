@@ -48,7 +48,7 @@ WEIGHTS: dict[str, tuple[Cell, Cell]] = {
         Works(SGLANG + "test_weights.py::test_fused_layers_of_different_formats_and_a_quantized_vocabulary"),
     ),
     "tensor parallelism": (Works(_ANSWERS), Works(SGLANG + "test_weights.py::test_two_ranks_and_a_tied_vocabulary")),
-    "quantizing while loading": (Works(_ANSWERS), Works(SGLANG + "test_weights.py::test_quantized_while_loading")),
+    "quantizing while loading": (Works(_ANSWERS, "H100"), Works(SGLANG + "test_weights.py::test_quantized_while_loading")),
     "a compressed-tensors checkpoint of other tools": (
         Works(_ANSWERS),
         Works(SGLANG + "test_weights.py::test_sglang_alone_loads_differing_shards_wrong"),

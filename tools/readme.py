@@ -62,14 +62,15 @@ def presets() -> str:
 
 def linear() -> str:
     """bench/results/linear_*.json: time relative to others, by rows of x."""
-    names = ("nvfp4", "nvfp4_few_rows", "int4_g128", "fp8", "mxfp4", "int8")
-    found = [_linear(data) for name in names if (data := _figures(f"linear_{name}"))]
+    found = [_linear(name) for name in ("nvfp4", "int4_g128", "fp8", "mxfp4", "int8") if _figures(f"linear_{name}")]
     return "\n\n".join(found) or "Not measured yet: `make bench`."
 
 
-def _linear(data: dict) -> str:
+def _linear(name: str) -> str:
+    data, again = _figures(f"linear_{name}"), _figures(f"linear_{name}_rows_32_to_128")
+    replaced = {row["case"]["m"] for row in again["rows"]} if again else set()
     times: dict[tuple, dict[str, float]] = {}
-    for row in data["rows"]:
+    for row in [row for row in data["rows"] if row["case"]["m"] not in replaced] + (again["rows"] if again else []):
         case = row["case"]
         if row["us"]:
             times.setdefault((case["format"], case["m"], case["n"], case["k"]), {})[row["impl"]] = row["us"]
@@ -86,7 +87,8 @@ def _linear(data: dict) -> str:
     shapes = [f"{n:,} x {k:,}" for n, k in dict.fromkeys((n, k) for _, _, n, k in times)]
     over = f"geometric mean over {', '.join(shapes)}" if len(shapes) > 1 else shapes[0]
     table = markdown(("format", "rows", *(f"{i} / qplugins" for i in impls)), lines)
-    return f"{_where(data)}. Time of the other over ours, {over}; above 1 qplugins is faster.\n\n{table}"
+    later = f"; {', '.join(map(str, sorted(replaced)))} rows: commit {again['commit']}" if again else ""
+    return f"{_where(data)}{later}. Time of the other over ours, {over}; above 1 qplugins is faster.\n\n{table}"
 
 
 def attention() -> str:

@@ -84,13 +84,16 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
             fp8.warm(spec, own, dtype, bias)
         if shard.implementation != "triton":
             continue
+        # as TMA wants it; what else it wants a layer's x and y have
+        by_wide = on_hopper() and spec.k % 8 == 0 and spec.n % 8 == 0
         for (tile, shared), m in variants(spec, device).items():
+            if by_wide and wide.suits(m, spec):
+                continue
             # what else a kernel is compiled for: the format, whether steps divide K, and which sizes are multiples of 16
             sizes = spec.k % (tile.step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0
             _run_once(kernel, m, spec, own, dtype, bias, tile, shared, sizes)
-        if on_hopper() and spec.k % 8 == 0 and spec.n % 8 == 0:  # as TMA wants it; what else it wants a layer's x and y have
-            for tile, m in wide_variants(spec, device).items():
-                _run_once(wide, m, spec, own, dtype, bias, tile)
+        for tile, m in wide_variants(spec, device).items() if by_wide else ():
+            _run_once(wide, m, spec, own, dtype, bias, tile)
         key = (device, dtype, replace(spec, n=0, k=0), spec.k % (dense.TILE.step * tile_k(spec)) == 0, spec.k % 16 == 0)
         if key not in _done:
             _done.add(key)

@@ -460,7 +460,8 @@ class WideTile:
     stripe_m: int = 8
 
 
-# with the cycles that 64 columns of K take; the tensor core alone would take 128 for each 128 x 32 of a block. All three fitted to times on an H100
+# with the cycles that 64 columns of K take; the tensor core alone would take 128 for each 128 x 32 of a block. bench/wide_tiles.py
+# fitted these, BLOCK and SUM to times on an H100
 TILES = (
     (WideTile(256, 32), 895),
     (WideTile(128, 64), 550),
@@ -535,27 +536,30 @@ def share_out(blocks: int, steps: int, programs: int) -> tuple[int, int]:
     return blocks - left, whole if whole <= 1.1 * even else even
 
 
+def cycles(tile: WideTile, step: float, m: int, n: int, k: int, sms: int, block: float = BLOCK, sums: float = SUM) -> float:
+    """What the busiest multiprocessor takes for m rows of x and W[n, k]; infinite where the tile cannot be used.
+
+    step, block, sums  as TILES, BLOCK and SUM have them
+    """
+    blocks, steps = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), triton.cdiv(k, 64)
+    own = steps * step + block
+    if not tile.shared:
+        return triton.cdiv(blocks, sms) * own
+    alone, share = share_out(blocks, steps, sms)
+    if blocks == alone or blocks - alone > LOCKS * triton.cdiv(n, 64):
+        return inf
+    # a program leaves the sums of its parts, and the last one of a block adds up those of all parts
+    parts = 1 if steps % share == 0 else 2
+    moved = (parts + steps / share + parts - 1) * 4 * tile.block_m * tile.block_n
+    return alone // sms * own + share * step + parts * block + moved / sums
+
+
 @lru_cache(maxsize=8192)
 def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
     """The tile with which the busiest multiprocessor is done first."""
-    sms, steps = multiprocessors(device), triton.cdiv(spec.k, 64)
-
-    def cycles(tile: WideTile, step: int) -> float:
-        blocks = triton.cdiv(m, tile.block_m) * triton.cdiv(spec.n, tile.block_n)
-        block = steps * step + BLOCK
-        if not tile.shared:
-            return triton.cdiv(blocks, sms) * block
-        alone, share = share_out(blocks, steps, sms)
-        if blocks == alone or blocks - alone > LOCKS * triton.cdiv(spec.n, 64):
-            return inf
-        # a program leaves the sums of its parts, and the last one of a block adds up those of all parts
-        parts = 1 if steps % share == 0 else 2
-        sums = (parts + steps / share + parts - 1) * 4 * tile.block_m * tile.block_n / SUM
-        return alone // sms * block + share * step + parts * BLOCK + sums
-
     # more than 64 rows in blocks of fewer would decode everything more than once
     candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, True) if tile.block_m >= min(m, 128)]
-    return min(candidates, key=lambda entry: cycles(*entry))[0]
+    return min(candidates, key=lambda entry: cycles(*entry, m, spec.n, spec.k, multiprocessors(device)))[0]
 
 
 def refuses(spec: Spec, x: Tensor, out: Tensor) -> str | None:
@@ -572,7 +576,9 @@ def refuses(spec: Spec, x: Tensor, out: Tensor) -> str | None:
 
 def suits(m: int, spec: Spec) -> bool:
     """Whether this is quicker than kernel.py for m rows."""
-    if spec.code is None or spec.bits > 4:
+    if spec.code is None:
+        return False
+    if spec.bits > 4:
         return m >= LEAST_ROWS
     return any(m >= rows and spec.n * spec.k >= weights for rows, weights in LEAST)
 

@@ -1,9 +1,12 @@
 """The product for many rows on Hopper. Nothing but a Hopper GPU runs it: there it is held against the plain kernel, since the same values are
 multiplied and added up in float32 in another order. Here: what TMA brings from the packed matrix, who reads it, and how work is shared out."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from qplugins.kernels.linear.layout import INTEGERS, LOCKS, _split_words, named,
 from qplugins.kernels.linear.spec import SCALES, Spec
 from qplugins.kernels.linear.tiles import Tile, multiprocessors
 
+ROOT = Path(__file__).resolve().parents[2]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 SIZES = [(257, 576, 640), (300, 1000, 4096), (8, 64, 64), (130, 192, 576), (1030, 200, 2048)]  # M, N, K
@@ -172,6 +176,22 @@ def test_the_tile_keeps_multiprocessors_busy(m, n, k):
     tile = wide.choose(m, s, CPU)
     blocks, programs = -(-m // tile.block_m) * -(-n // tile.block_n), 132
     assert tile.shared or blocks / programs > 0.7 * -(-blocks // programs)
+
+
+def test_the_tile_that_is_chosen_is_nearly_the_best_one_timed():
+    """By bench/results/wide_tiles.json, of an H100. Two versions of one kernel differ by a few percent from run to run there."""
+    times: dict[tuple, dict[str, float]] = {}
+    for row in json.loads((ROOT / "bench" / "results" / "wide_tiles.json").read_text())["rows"]:
+        if row["us"]:
+            times.setdefault(tuple(row["case"].values()), {})[row["impl"]] = row["us"]
+    longer = []
+    for (name, n, k, m), us in times.items():
+        s = spec({"nvfp4": "e2m1*e4m3/16", "int4_g128": "int4*bf16/128"}[name], n, k)
+        tile = wide.choose(m, s, CPU)
+        chosen = us.get(f"{tile.block_n}x{tile.block_m}{' shared' * tile.shared}" if wide.suits(m, s) else "kernel.py")
+        if chosen is not None:  # some were not timed
+            longer.append(chosen / min(us.values()))
+    assert len(longer) > 80 and geometric_mean(longer) < 1.01 and max(longer) < 1.1
 
 
 def test_elsewhere_it_says_that_it_is_for_hopper():
