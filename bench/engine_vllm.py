@@ -241,7 +241,9 @@ def main() -> None:
         print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more, together)), flush=True)
         return
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes]
-    configurations = [tuple(p.split(":")) for p in args.pairs or [f"{kv}:{weights}" for weights in args.weights for kv in args.kv]]
+    configurations = [(kv, weights) for weights in args.weights for kv in args.kv]
+    if args.pairs:
+        configurations = [tuple(pair.split(":")) for pair in args.pairs]
     rows = []
     for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together, args.after):
         rows.append(row)

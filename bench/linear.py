@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,31 +21,37 @@ from bench.common import Row, command, rel_rms, save, table  # noqa: E402
 from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
 from qplugins.kernels.linear import kernel, variants, wide, workload  # noqa: E402
 from qplugins.kernels.linear.ref import matmul  # noqa: E402
+from qplugins.kernels.quantized import QuantizedTensor  # noqa: E402
 
 TOLERANCE = 0.012  # of |y|: two roundings to bf16 are 0.003, x rounded to e4m3 is not held to it
 E4M3_TOLERANCE = 0.05
 
 
-def own(name: str):
+def weight_only(name: str, linear: Callable, q: QuantizedTensor, count: int) -> rivals.Calls:
+    """linear(x, spec, tensors, y) of a format's matrix."""
+    sets = workload.layer(name, *q.shape, count, q)
+
+    def calls(x):
+        y = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device=x.device)
+
+        def call(spec, tensors):
+            linear(x, spec, tensors, y)
+            return y
+
+        return [lambda s=s: call(*s) for s in sets]
+
+    return calls
+
+
+def _beside_wide(x, spec, tensors, y) -> None:
+    if not wide.suits(x.shape[0], spec):
+        raise NotImplementedError("is what qplugins runs")
+    kernel.linear(x, spec, tensors, y)
+
+
+def own(name: str) -> dict:
     """qplugins' weight-only product, beside it the one kernel that all rows could have, and for fp8 the W8A8 product."""
-
-    def weight_only(linear, beside_wide, q, count):
-        sets = workload.layer(name, *q.shape, count, q)
-
-        def calls(x):
-            if beside_wide and not wide.suits(x.shape[0], sets[0][0]):
-                raise NotImplementedError("is what qplugins runs")
-            y = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device=x.device)
-
-            def call(spec, tensors):
-                linear(x, spec, tensors, y)
-                return y
-
-            return [lambda s=s: call(*s) for s in sets]
-
-        return calls
-
-    found = {"qplugins": partial(weight_only, variants.linear, False), "qplugins kernel": partial(weight_only, kernel.linear, True)}
+    found = {"qplugins": partial(weight_only, name, variants.linear), "qplugins kernel": partial(weight_only, name, _beside_wide)}
     if name == "fp8":
         found["qplugins w8a8"] = partial(rivals.scaled_mm, quantizer=True)
     return found
@@ -78,45 +85,53 @@ def _call_once(task: tuple) -> None:
 
 
 def run(formats: list[str], models: list[str], rows: list[int], only: list[str] | None, rep_ms: float, out: Path) -> list[Row]:
-    """Every implementation on every case: checked against float32 first, then timed. What was measured is saved after each shape, a file for
-    each format."""
+    """Every implementation on every case. What was measured is saved after each shape, a file for each format."""
     rate = bandwidth()
     print(f"copy bandwidth {rate / 1e12:.2f} TB/s; floor = (packed weights + x + y) / that")
     found: list[Row] = []
     for name in formats:
         for n, k in shapes(models):
-            q = workload.random_matrix(name, n, k)
-            nbytes = sum(t.nbytes for t in workload.layer(name, n, k, 1, q)[0][1])
-            xs = {m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in rows}
-            w = q.dequantize()
-            want = {m: matmul(x[:256], w) for m, x in xs.items()}
-            del w
-            for impl, make in implementations(name, only).items():
-                try:
-                    # one matrix at a time that is not in the cache; bf16 weights are larger, so fewer do
-                    calls_of = make(q, min(64, copies(nbytes)))
-                except Exception as e:
-                    found += [
-                        Row("linear", _case(name, n, k, m), impl, None, _floor(nbytes, m, n, k, rate), f"{type(e).__name__}: {e}"[:200])
-                        for m in rows
-                    ]
-                    print(f"{name} {n}x{k} {impl}: does not run: {type(e).__name__}: {str(e)[:120]}")
-                    continue
-                for m, x in xs.items():
-                    row = Row("linear", _case(name, n, k, m), impl, None, _floor(nbytes, m, n, k, rate))
-                    try:
-                        calls = calls_of(x)
-                        row.error = rel_rms(calls[0]()[:256], want[m])
-                        if not row.error < (E4M3_TOLERANCE if "w8a8" in impl or "scaled_mm" in impl else TOLERANCE):
-                            raise ArithmeticError(f"is off by {row.error:.2g} of the result")
-                        row.us = time_us(calls, rep_ms)
-                    except Exception as e:
-                        row.note = f"{type(e).__name__}: {e}"[:200]
-                    found.append(row)
-                del calls_of
-                torch.cuda.empty_cache()
+            found += time_shape("linear", name, n, k, rows, implementations(name, only), rep_ms, rate)
             _print_shape(found, name, n, k, rows)
             save(out / f"linear_{name}.json", [r for r in found if r.case["format"] == name], command=command())
+    return found
+
+
+def time_shape(suite: str, name: str, n: int, k: int, rows: list[int], impls: dict, rep_ms: float, rate: float) -> list[Row]:
+    """Every implementation of `impls` on a matrix: checked against float32 first, then timed.
+
+    rate  bytes a second, for the floors
+    """
+    found: list[Row] = []
+    q = workload.random_matrix(name, n, k)
+    nbytes = sum(t.nbytes for t in workload.layer(name, n, k, 1, q)[0][1])
+    xs = {m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in rows}
+    w = q.dequantize()
+    want = {m: matmul(x[:256], w) for m, x in xs.items()}
+    del w
+    for impl, make in impls.items():
+        try:
+            # one matrix at a time that is not in the cache; bf16 weights are larger, so fewer do
+            calls_of = make(q, min(64, copies(nbytes)))
+        except Exception as e:
+            found += [
+                Row(suite, _case(name, n, k, m), impl, None, _floor(nbytes, m, n, k, rate), f"{type(e).__name__}: {e}"[:200]) for m in rows
+            ]
+            print(f"{name} {n}x{k} {impl}: does not run: {type(e).__name__}: {str(e)[:120]}")
+            continue
+        for m, x in xs.items():
+            row = Row(suite, _case(name, n, k, m), impl, None, _floor(nbytes, m, n, k, rate))
+            try:
+                calls = calls_of(x)
+                row.error = rel_rms(calls[0]()[:256], want[m])
+                if not row.error < (E4M3_TOLERANCE if "w8a8" in impl or "scaled_mm" in impl else TOLERANCE):
+                    raise ArithmeticError(f"is off by {row.error:.2g} of the result")
+                row.us = time_us(calls, rep_ms)
+            except Exception as e:
+                row.note = f"{type(e).__name__}: {e}"[:200]
+            found.append(row)
+        del calls_of
+        torch.cuda.empty_cache()
     return found
 
 

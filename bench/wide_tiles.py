@@ -11,10 +11,10 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import inf, log
 from multiprocessing import get_context
@@ -26,29 +26,29 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from bench.common import Row, command, save, table  # noqa: E402
-from bench.linear import shapes  # noqa: E402
-from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
+from bench.linear import shapes, time_shape, weight_only  # noqa: E402
+from qplugins.kernels.common.timing import bandwidth  # noqa: E402
 from qplugins.kernels.linear import kernel, wide, workload  # noqa: E402
 
 ROWS = (32, 64, 96, 128, 192, 256, 512, 1024)
 KERNEL = "kernel.py"
 CLOCK_GHZ = 1.755  # cycles are microseconds at that: the model only compares
-ALL = {f"{t.block_n}x{t.block_m}{' shared' * shared}": replace(t, shared=shared) for t, _ in wide.TILES for shared in (False, True)}
+ALL = {str(t): t for tile, _ in wide.TILES for t in (tile, replace(tile, shared=True))}
 
 
-def calls_of(name: str, x: torch.Tensor, y: torch.Tensor, sets: list) -> list[Callable[[], None]]:
-    if name == KERNEL:
-        return [lambda s=s: kernel.linear(x, *s, y) for s in sets]
-    return [lambda s=s: wide.linear(x, *s, y, None, ALL[name]) for s in sets]
+def implementations(fmt: str) -> dict:
+    """kernel.py and every tile, as bench/linear.py has implementations."""
+    return {KERNEL: partial(weight_only, fmt, kernel.linear)} | {
+        name: partial(weight_only, fmt, partial(wide.linear, tile=tile)) for name, tile in ALL.items()
+    }
 
 
 def compile_once(task: tuple[str, str]) -> None:
     """A small product of a format by a tile: what it is compiled for does not depend on the sizes."""
     fmt, name = task
-    n, k = 1024, 4096
     with suppress(Exception):  # whatever does not run says so when it is timed
-        x, y = (torch.randn(300, size, dtype=torch.bfloat16, device="cuda") for size in (k, n))
-        calls_of(name, x, y, workload.layer(fmt, n, k, 1))[0]()
+        x = torch.randn(300, 4096, dtype=torch.bfloat16, device="cuda")
+        implementations(fmt)[name](workload.random_matrix(fmt, 1024, 4096), 1)(x)[0]()
         torch.cuda.synchronize()
 
 
@@ -57,22 +57,8 @@ def measure(formats: list[str], models: list[str], rows: list[int], rep_ms: floa
         list(pool.map(compile_once, product(formats, ALL)))
     rate, found = bandwidth(), []
     for fmt, (n, k) in product(formats, shapes(models)):
-        q = workload.random_matrix(fmt, n, k)
-        nbytes = sum(t.nbytes for t in workload.layer(fmt, n, k, 1, q)[0][1])
-        sets = workload.layer(fmt, n, k, min(24, copies(nbytes)), q)
-        for m in rows:
-            x, y = (torch.randn(m, size, dtype=torch.bfloat16, device="cuda") for size in (k, n))
-            for name in [KERNEL, *ALL]:
-                row = Row("wide_tiles", {"format": fmt, "n": n, "k": k, "m": m}, name, None, (nbytes + 2 * m * (n + k)) / rate * 1e6)
-                try:
-                    calls = calls_of(name, x, y, sets)
-                    calls[0]()
-                    row.us = time_us(calls, rep_ms)
-                except Exception as e:
-                    row.note = f"{type(e).__name__}: {e}"[:200]
-                found.append(row)
-            times = {r.impl: r.us for r in found[-len(ALL) - 1 :] if r.us}
-            print(fmt, n, k, m, {name: round(us, 1) for name, us in times.items()}, flush=True)
+        found += time_shape("wide_tiles", fmt, n, k, rows, implementations(fmt), rep_ms, rate)
+        print(fmt, f"{n}x{k}", flush=True)
     return found
 
 
@@ -100,8 +86,7 @@ def fit(rows: list[dict]) -> str:
     regrets, gains = defaultdict(list), []
     for key, times in by_case.items():
         case, ours = dict(key), {name: t for name, t in times.items() if name in ALL}
-        usable = [name for name in ours if ALL[name].block_m >= min(case["m"], 128)]
-        chosen = min(usable, key=lambda name: us(case, ALL[name], x))
+        chosen = min((name for name in ours if wide.usable(ALL[name], case["m"])), key=lambda name: us(case, ALL[name], x))
         regrets[case["m"]].append(ours[chosen] / min(ours.values()))
         if KERNEL in times:
             gains.append([case["m"], f"{case['n'] * case['k'] / 1e6:.0f}", case["format"], f"{times[KERNEL] / ours[chosen]:.2f}"])

@@ -459,6 +459,9 @@ class WideTile:
     shared: bool = False
     stripe_m: int = 8
 
+    def __str__(self) -> str:
+        return f"{self.block_n}x{self.block_m}{' shared' * self.shared}"
+
 
 # with the cycles that 64 columns of K take; the tensor core alone would take 128 for each 128 x 32 of a block. bench/wide_tiles.py
 # fitted these, BLOCK and SUM to times on an H100
@@ -472,10 +475,9 @@ TILES = (
 )
 BLOCK = 7200  # cycles that a block, or a part of one, takes besides: until the ring has something, and until it is stored
 SUM = 40  # bytes of sums that are left or added up in a cycle
-# (rows, weights): from so many rows on, this is quicker than kernel.py for a matrix of so many 4-bit weights. It was not timed for 8-bit ones
-# of fewer than the last number of rows
-LEAST = ((17, 200_000_000), (33, 50_000_000), (65, 0))
-LEAST_ROWS = 256
+# bits of a code -> (rows, weights): from so many rows on, this is quicker than kernel.py for a matrix of so many weights. Fewer rows were not
+# timed with 8 bits
+LEAST = {4: ((17, 200_000_000), (33, 50_000_000), (65, 0)), 8: ((256, 0),)}
 WARPS = 8  # that decode and multiply
 SHARED_MEMORY = 227 << 10  # that one program may have
 
@@ -554,11 +556,15 @@ def cycles(tile: WideTile, step: float, m: int, n: int, k: int, sms: int, block:
     return alone // sms * own + share * step + parts * block + moved / sums
 
 
+def usable(tile: WideTile, m: int) -> bool:
+    """Whether the tile is one for m rows: more than 64 in blocks of fewer would decode everything more than once."""
+    return tile.block_m >= min(m, 128)
+
+
 @lru_cache(maxsize=8192)
 def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
     """The tile with which the busiest multiprocessor is done first."""
-    # more than 64 rows in blocks of fewer would decode everything more than once
-    candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, True) if tile.block_m >= min(m, 128)]
+    candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, True) if usable(tile, m)]
     return min(candidates, key=lambda entry: cycles(*entry, m, spec.n, spec.k, multiprocessors(device)))[0]
 
 
@@ -576,11 +582,7 @@ def refuses(spec: Spec, x: Tensor, out: Tensor) -> str | None:
 
 def suits(m: int, spec: Spec) -> bool:
     """Whether this is quicker than kernel.py for m rows."""
-    if spec.code is None:
-        return False
-    if spec.bits > 4:
-        return m >= LEAST_ROWS
-    return any(m >= rows and spec.n * spec.k >= weights for rows, weights in LEAST)
+    return any(m >= rows and spec.n * spec.k >= weights for rows, weights in LEAST.get(spec.bits, ()))
 
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None, tile: WideTile | None = None) -> None:
