@@ -22,7 +22,7 @@ meeting of a program's warps, two or three times leaving and adding up, the rota
 queries are turned, and what warps or programs have to exchange goes at once rather than piece by piece.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -361,11 +361,13 @@ def _join_warps(top, denominator, zero, a, W: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_parts(sums, ends, counters, part, parts, a, top, denominator, live, LOG_FAN: tl.constexpr, ROUND: tl.constexpr):
+def _sum_of_parts(
+    sums, ends, counters, part, parts, a, top, denominator, live, ROWS: tl.constexpr, LOG_FAN: tl.constexpr, ROUND: tl.constexpr
+):
     """(whether this program has it, the sum of a sequence's parts), from its part of it.
 
     a                     float32 [N, R], what has been summed; top, denominator  [N]
-    sums, ends, counters  where the sequence's part 0 leaves its own, in slot 1 of two; part i > 0 does in slot 2 i
+    sums, ends, counters  where the sequence's part 0 leaves its own, in slot 1 of two; part i > 0 does in slot 2 i. Slots have ROWS >= N rows
 
     Parts are joined as a tree: of FAN neighbours the last to arrive adds up all, in order, and stands for them among FAN times as many. What is
     left takes one load's time for each level of the tree and ROUND parts, and no program ever waits for another.
@@ -382,9 +384,9 @@ def _sum_of_parts(sums, ends, counters, part, parts, a, top, denominator, live, 
         members = tl.minimum((parts - begin + step - 1) >> log_step, FAN)
         if members > 1:
             slot = tl.where(part == 0, 1, 2 * part)
-            tl.store(sums + slot * (N * R) + ns[:, None] * R + rs[None, :], a, mask=live[:, None])
-            tl.store(ends + slot * (2 * N) + ns, top)
-            tl.store(ends + slot * (2 * N) + N + ns, denominator)
+            tl.store(sums + slot * (ROWS * R) + ns[:, None] * R + rs[None, :], a, mask=live[:, None])
+            tl.store(ends + slot * (2 * ROWS) + ns, top)
+            tl.store(ends + slot * (2 * ROWS) + ROWS + ns, denominator)
             counter = counters + 2 * (begin + step)  # the second member's, which is the second of no other group
             tl.debug_barrier()  # all of the program's threads have stored before one of them says so
             whole = tl.atomic_add(counter, 1, sem="acq_rel") == members - 1
@@ -398,10 +400,10 @@ def _sum_of_parts(sums, ends, counters, part, parts, a, top, denominator, live, 
                     there = tl.broadcast_to((member < members)[None, :], (N, ROUND))
                     other = begin + member * step
                     slots = tl.where(other == 0, 1, 2 * other)
-                    end = ends + slots[None, :] * (2 * N) + ns[:, None]  # [N, ROUND]
+                    end = ends + slots[None, :] * (2 * ROWS) + ns[:, None]  # [N, ROUND]
                     tops = tl.load(end, mask=there, other=NOTHING, cache_modifier=".cg")
-                    denominators = tl.load(end + N, mask=there, other=0.0, cache_modifier=".cg")
-                    at = sums + slots[None, :, None] * (N * R) + ns[:, None, None] * R + rs[None, None, :]
+                    denominators = tl.load(end + ROWS, mask=there, other=0.0, cache_modifier=".cg")
+                    at = sums + slots[None, :, None] * (ROWS * R) + ns[:, None, None] * R + rs[None, None, :]
                     x = tl.load(at, mask=(there & live[:, None])[:, :, None], other=0.0, cache_modifier=".cg")
                     top_new = tl.maximum(top, tl.max(tops, 1))
                     fade, fades = tl.exp2(top - top_new), tl.exp2(tops - top_new[:, None])
@@ -412,6 +414,26 @@ def _sum_of_parts(sums, ends, counters, part, parts, a, top, denominator, live, 
         part = begin
         log_step += LOG_FAN
     return whole, a, top, denominator
+
+
+@triton.jit
+def _first_half(x):
+    """The first half of x's rows."""
+    N: tl.constexpr = x.shape[0] // 2
+    if len(x.shape) == 1:
+        first, _ = x.reshape(2, N).permute(1, 0).split()
+    else:
+        first, _ = x.reshape(2, N, x.shape[1]).permute(1, 2, 0).split()
+    return first
+
+
+@triton.jit
+def _twice(x):
+    """x's rows, and then the same again."""
+    if len(x.shape) == 1:
+        return tl.join(x, x).permute(1, 0).reshape(2 * x.shape[0])
+    else:
+        return tl.join(x, x).permute(2, 0, 1).reshape(2 * x.shape[0], x.shape[1])
 
 
 @triton.jit
@@ -455,7 +477,7 @@ def decode_kernel(
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
     W: tl.constexpr, T: tl.constexpr, N: tl.constexpr, BB: tl.constexpr,
-    LEAST: tl.constexpr, LOG_FAN: tl.constexpr, ROUND: tl.constexpr, AHEAD: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, LOG_FAN: tl.constexpr, ROUND: tl.constexpr, HALF: tl.constexpr, AHEAD: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[i, hq] and lse[i, hq] of ref.decode. Program (h, r, s): the s-th share of pages of KV head h, for its r-th N rows.
     Shares without pages are the last programs of a launch, so that multiprocessors have as many with pages, give or take one.
@@ -631,10 +653,15 @@ def decode_kernel(
         whole = True
         if parts > 1:
             slot = first_slot + 2 * one
+            if HALF:
+                a, top, denominator = _first_half(a), _first_half(top), _first_half(denominator)
+            some = tl.program_id(1) * N + tl.arange(0, a.shape[0])
             whole, a, top, denominator = _sum_of_parts(
                 sums + slot.to(tl.int64) * (N * 4 * VU * NPV), ends + slot.to(tl.int64) * (2 * N), counters + slot, share - one, parts,
-                a, top, denominator, live, LOG_FAN, ROUND,
+                a, top, denominator, some < queries * GROUP, N, LOG_FAN, ROUND,
             )  # fmt: skip
+            if HALF:
+                a, top, denominator = _twice(a), _twice(top), _twice(denominator)
 
         if whole:
             if HAS_SINK:
@@ -675,9 +702,16 @@ def rows_of(group: int, max_query_len: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Launch:
-    """programs per multiprocessor, a KV head's shares of the pages come from it; stages of loads; registers a thread may have (None: any);
-    tokens of a page that a warp takes; the least pages that are worth a program; parts of a sequence that one program adds up, and how many
-    of them it loads at once, powers of two; pages that a program asks for before it turns to its queries, a power of two or 0."""
+    """programs   per multiprocessor; a KV head's shares of the pages come from it
+    stages     of loads
+    registers  a thread may have; None: any
+    tokens     of a page that a warp takes
+    pages      at least, that are worth a program
+    fan        parts of a sequence that one program adds up, a power of two
+    round      how many of them it loads at once, a power of two
+    halve      whether that is half of the rows of twice as many, where the other half is empty
+    ahead      pages that a program asks for before it turns to its queries, a power of two or 0
+    """
 
     programs: int
     stages: int
@@ -685,16 +719,18 @@ class Launch:
     tokens: int = 32
     pages: int = 2
     fan: int = 16
-    round: int = 8
+    round: int = 4
+    halve: bool = False
     ahead: int = 2
 
 
 def launch_of(page: Page, n: int) -> Launch:
-    """Found by bench/attention.py on an H100: what fits the registers of two warps for each of a multiprocessor's four schedulers."""
+    """Found by bench/attention.py on an H100: what fits the registers of two warps for each of a multiprocessor's four schedulers. Programs of
+    four warps rather than two add up fewer parts in the end, in less time: 1 x 32,768 tokens took 24.0 us with 528 programs and 21.4 with 264."""
     light = page.k_bits == page.v_bits == 4 and page.head_dim <= 128 and page.v_head_dim <= 128 and n == MIN_ROWS
-    if light and page.page_size == 128:
-        return Launch(4, 6, tokens=64)
-    return Launch(2 * 128 // page.page_size, 6, round=4)  # eight parts at once would take registers from the loop over pages
+    launch = Launch(2 * 128 // page.page_size, 6)
+    # elsewhere many parts at once would take registers from the loop over pages
+    return replace(launch, fan=32, round=max(1, page.page_size // 8), halve=True) if light else launch
 
 
 @cache
@@ -754,6 +790,7 @@ def decode(
     launch = launch or launch_of(page, rows_of(group, max_query_len)[0])
     runs = tile.runs_of(page, launch.tokens)
     n, blocks = rows_of(group, max_query_len)
+    half = launch.halve and 2 * group * max_query_len <= n
     shares = min(shares_of(q.device, heads * blocks, launch), batch * triton.cdiv(max_seq_len, page.page_size))
     sums, ends = _sizes(shares, n, heads * blocks, page)
     if workspace.numel() < 4 * (COUNTERS + sums + ends):
@@ -769,6 +806,7 @@ def decode(
         0 if lse is None else lse.stride(0), scale * LOG2E, soft_cap * LOG2E,
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, HAS_LSE=lse is not None, HAS_SINK=sink_logits is not None,
         SP=max(16, _pow2(page.sinks) if page.sinks else 0), W=runs, T=page.page_size // runs, N=n, BB=batch_block(batch),
-        LEAST=launch.pages, LOG_FAN=launch.fan.bit_length() - 1, ROUND=launch.round, AHEAD=launch.ahead if on_hopper() else 0, PTX=tile.PTX,
+        LEAST=launch.pages, LOG_FAN=launch.fan.bit_length() - 1, ROUND=launch.round * (1 + half), HALF=half,
+        AHEAD=launch.ahead if on_hopper() else 0, PTX=tile.PTX,
         num_warps=runs, num_stages=launch.stages, **tile.page_constants(page, runs), **dependent_launch(), **registers,
     )  # fmt: skip

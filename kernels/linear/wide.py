@@ -259,6 +259,7 @@ def _loader(
     SCALES: gl.constexpr = SUB * scale.block_type.nbytes if SCALED else 0
     ZEROS: gl.constexpr = SUB * zero.block_type.nbytes if ZEROED else 0
 
+    tl.extra.cuda.gdc_wait()
     stage = 0
     phase = 1  # the ring is empty
     program = gl.program_id(0)
@@ -344,6 +345,7 @@ def _consumers(
     SUB: gl.constexpr = 4 // SPANS  # tiles of K
     TILES: gl.constexpr = BLOCK_N // 64
 
+    tl.extra.cuda.gdc_wait()
     stage = 0
     phase = 0
     program = gl.program_id(0)
@@ -432,6 +434,8 @@ def wide_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
+    # the next kernel's programs come up as these end: no multiprocessor has registers for two, so none gets more of them than others
+    tl.extra.cuda.gdc_launch_dependents()
 
     buffers = (x_buf, w_buf, s_buf, z_buf, full, empty)
     sources = (x, codes, scale, zero)
@@ -474,6 +478,7 @@ TILES = (
     (WideTile(128, 256), 1175),
 )
 BLOCK = 7200  # cycles that a block, or a part of one, takes besides: until the ring has something, and until it is stored
+PART = 8  # steps that take about as long as another part of a block takes besides
 SUM = 40  # bytes of sums that are left or added up in a cycle
 # bits of a code -> (rows, weights): from so many rows on, this is quicker than kernel.py for a matrix of so many weights. Fewer rows were not
 # timed with 8 bits
@@ -533,9 +538,9 @@ def share_out(blocks: int, steps: int, programs: int) -> tuple[int, int]:
     if left == 0:
         return blocks, 1
     even = triton.cdiv(left * steps, programs)
-    # the same number of programs for each block leaves fewer sums
+    # with as many programs for each block none has parts of two
     whole = triton.cdiv(steps, programs // left)
-    return blocks - left, whole if whole <= 1.1 * even else even
+    return blocks - left, whole if whole <= even + PART else even
 
 
 def cycles(tile: WideTile, step: float, m: int, n: int, k: int, sms: int, block: float = BLOCK, sums: float = SUM) -> float:
@@ -614,5 +619,5 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     wide_kernel[(programs,)](
         a["x"], a["codes"], row, a.get("scale", row), a.get("zero", t.get("zero", row)), row if bias is None else bias, a["y"], work, t["locks"],
         m, spec.n, codes.shape[0], codes.shape[1], 64 * codes.shape[0], steps, alone, share, tile.stripe_m,
-        **constants(spec, x.dtype, tile), BIAS=bias is not None,
+        **constants(spec, x.dtype, tile), BIAS=bias is not None, launch_pdl=True,
     )  # fmt: skip

@@ -40,6 +40,7 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
         n = max(decode.rows_of(group, queries)[0], 8 if ptx else 16)
         launch = decode.launch_of(page, n)
         runs = tile.runs_of(page, launch.tokens)
+        half = launch.halve and 2 * group * queries <= n
         args = {
             "q": "*bf16",
             "pages": "*u8",
@@ -54,7 +55,7 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
         args |= {"B": "i32", **strides("q qh p ph bt o oh lse"), "scale": "fp32", "soft_cap": "fp32"}
         constants = {
             "GROUP": group, "WINDOW": 0, "SOFT_CAP": False, "HAS_LSE": True, "HAS_SINK": False, "W": runs, "T": page.page_size // runs, "N": n, "BB": 32,
-            "LEAST": launch.pages, "LOG_FAN": launch.fan.bit_length() - 1, "ROUND": launch.round, "AHEAD": launch.ahead if target == "sm_90" else 0,
+            "LEAST": launch.pages, "LOG_FAN": launch.fan.bit_length() - 1, "ROUND": launch.round * (1 + half), "HALF": half, "AHEAD": launch.ahead if target == "sm_90" else 0,
             "PTX": ptx, "PDL": target == "sm_90",
         }  # fmt: skip
         return compile_for(target, decode.decode_kernel, args, constants | rows | tile.page_constants(page, runs), runs, launch.stages)

@@ -159,10 +159,11 @@ def test_decode_gives_a_program_the_least_pages(device):
 MANY_PARTS = [1153, 40, 260]
 
 
+@pytest.mark.parametrize("heads", [4, 8])  # half of a program's rows, and all
 @pytest.mark.parametrize(("fan", "at_once"), [(2, 1), (8, 2), (4, 4), (16, 8), (64, 2)])
-def test_decode_joins_parts_in_any_way(fan, at_once, device):
-    launch = decode_kernel.Launch(11, 2, None, 64, pages=1, fan=fan, round=at_once)
-    run_decode(Batch.filled(page_of("int4_sink", 64, 64), MANY_PARTS, 1), [1, 1, 1], 4, device, launch=launch)
+def test_decode_joins_parts_in_any_way(fan, at_once, heads, device):
+    launch = decode_kernel.Launch(11, 2, None, 64, pages=1, fan=fan, round=at_once, halve=True)
+    run_decode(Batch.filled(page_of("int4_sink", 64, 64), MANY_PARTS, 1), [1, 1, 1], heads, device, launch=launch)
 
 
 @pytest.mark.parametrize("fan", [2, 4])

@@ -55,6 +55,6 @@ def test_kernel_compiles(case, results):
 
 def test_codes_of_keys_and_values_go_to_the_tensor_core_as_they_were_loaded(results):
     found = results["decode", "sm_90", MAIN, 4, 1]
-    # 16 tokens of keys by 8 rows a product: (keys + values) of 64 tokens a warp, 4 pieces, and the means; nothing decoded is stored to be moved
-    assert found["mma"] >= 72 and found["wgmma"] == 0
+    # 16 tokens of keys by 8 rows a product: (keys + values) of 32 tokens a warp, 4 pieces, and the means; nothing decoded is stored to be moved
+    assert found["mma"] >= 40 and found["wgmma"] == 0
     assert found["async_copies"] >= 16
