@@ -27,8 +27,11 @@ from qplugins.kernels.common.device import after_previous, dependent_launch, dot
 from qplugins.kernels.kv.page import Page, _pow2, batch_block
 from qplugins.kernels.kv.ref import MEAN_TOKENS
 from qplugins.kernels.kv.rotation import block
-from qplugins.kernels.kv.tile import key_column, page_constants, rotation_sign
+from qplugins.kernels.kv.tile import PTX, key_column, page_constants, rotation_sign
 
+# of a thread of write_kernel, so that 16 warps fit on a multiprocessor: with half of them it takes a third longer. Triton 3.6 needs no more than
+# that for rows of 128 values; newer ones keep a few words in memory
+REGISTERS = 128
 ROWS = 16  # of a tile at least: those of a tensor core's product
 METADATA = ["slot_mapping", "query_start_loc", "seq_lens", "block_table"]
 
@@ -148,7 +151,8 @@ def _rotated(
     x, at, real, signs, D: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, PER: tl.constexpr, W: tl.constexpr, SHARES: tl.constexpr,
     ROTATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """float32 [rows, columns]: x R of the tokens that lie at `at` [W * T]; x is their `_load`, for which the caller need not wait; signs: `_signs`."""
+    """float32 [rows, columns]: x R of the tokens that lie at `at` [W * T], but for a factor of BLOCK**-0.5, which whoever multiplies next
+    includes. x is their `_load`, for which the caller need not wait; signs: `_signs`."""
     Q: tl.constexpr = PER * JP  # groups of columns
     G: tl.constexpr = 4 * WIDE
     N: tl.constexpr = G // SHARES  # of those a warp's
@@ -173,29 +177,42 @@ def _rotated(
             y = _times(_operand(some, W, 4), tl.broadcast_to(sign, (W, 16, Q * N)), y)
         y = y.reshape(W, T, Q, N).permute(0, 2, 1, 3).reshape(W, Q * T, N)
     if ROTATE:
-        y = _plain(y, Q, N // 4, SHARES) * BLOCK**-0.5
+        y = _plain(y, Q, N // 4, SHARES)
     return y
 
 
 @triton.jit
-def _encoded(y, d, BITS: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr):
-    """Codes int32 [rows, columns], 0 in columns that pad, and [rows] words of scale and zero. d: `_dim`."""
+def _levels(y, factor, offset, BITS: tl.constexpr, PTX: tl.constexpr):
+    """The low bits of an int32: floor(2 ** BITS * (y * factor + offset)), from 0 to 2 ** BITS - 1."""
+    # of numbers below 1, so that clamping is a multiplication's, and conversion to an integer one that rounds down next to 2 ** 23
+    most: tl.constexpr = 2**BITS * (1 - 2**-24)
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 u; fma.rn.sat.f32 u, $1, $2, $3; fma.rz.f32 u, u, $4, 0f4B000000; mov.b32 $0, u; }",
+            "=r,f,f,f,f", [y, factor, offset, tl.full((1, 1), most, tl.float32)], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return (tl.minimum(tl.maximum(y * factor + offset, 0.0), 1.0) * most).to(tl.int32)
+
+
+@triton.jit
+def _encoded(y, d, UNIT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, PTX: tl.constexpr):
+    """Codes [rows, columns], the low bits of an int32, 0 in columns that pad, and [rows] words of scale and zero. y: multiples of UNIT; d: `_dim`."""
     low, high = y, y
     if y.shape[1] != D:
         low, high = tl.where((d >= 0)[None, :], y, float("inf")), tl.where((d >= 0)[None, :], y, float("-inf"))
     if SHARES == 1:
-        low, high = tl.min(low, 1), tl.max(high, 1)
+        low, high = UNIT * tl.min(low, 1), UNIT * tl.max(high, 1)
     else:
         # one reduction for both, so that the warps that share a row meet once
-        high, low = tl.split(tl.max(tl.join(high, -low), 1))
+        high, low = tl.split(UNIT * tl.max(tl.join(high, -low), 1))
         low = -low
     scale = tl.minimum((high - low) / (2**BITS - 1), 65504.0).to(tl.float16)
     zero = tl.minimum(tl.maximum(low + 2 ** (BITS - 1) * scale.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     pair = (scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (zero.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     scale = scale.to(tl.float32)
-    steps = tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)  # a unit
-    codes = (y - zero.to(tl.float32)[:, None]) * steps[:, None] + (2 ** (BITS - 1) + 0.5)
-    codes = tl.minimum(tl.maximum(codes, 0.0), 2.0**BITS - 1).to(tl.int32)  # not negative, so rounded down
+    factor = tl.where(scale > 0, 2.0**-BITS / tl.where(scale > 0, scale, 1.0), 0.0)  # of a unit
+    codes = _levels(y, UNIT * factor[:, None], (0.5 + 2.0 ** -(BITS + 1) - zero.to(tl.float32) * factor)[:, None], BITS, PTX)
     if y.shape[1] != D:
         codes = tl.where((d >= 0)[None, :], codes, 0)
     return codes, pair
@@ -264,10 +281,10 @@ def _put_value_blocks(part, words, C: tl.constexpr, N: tl.constexpr, WIDE: tl.co
 @triton.jit
 def _put_sinks(
     page, position, y, d, sink, D: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, PER: tl.constexpr,
-    SHARES: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS: tl.constexpr,
+    SHARES: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Sink rows of y in 8 bits."""
-    codes, pair = _encoded(y, d, 8, D, SHARES)
+    codes, pair = _encoded(y, d, UNIT, 8, D, SHARES, PTX)
     tl.store((page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + position, pair, mask=sink)
     _store(page + ROWS + position.to(tl.int64) * D, codes, sink, D, C, JP, WIDE, PER, SHARES)
 
@@ -275,10 +292,10 @@ def _put_sinks(
 @triton.jit
 def _put_keys(
     page, t, y, d, stored, D: tl.constexpr, KB: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr,
-    HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr, SHARES: tl.constexpr, CODES_K: tl.constexpr, HIGH_K: tl.constexpr, SCALES_K: tl.constexpr,
+    HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr, SHARES: tl.constexpr, CODES_K: tl.constexpr, HIGH_K: tl.constexpr, SCALES_K: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Rotated keys y, less the mean. page, t [rows]: each row's page and its place there."""
-    codes, pair = _encoded(y, d, KB, D, SHARES)
+    codes, pair = _encoded(y, d, UNIT, KB, D, SHARES, PTX)
     tl.store((page + SCALES_K).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
     _put_key_words(page + CODES_K, t, _packed(codes & 15 if KB == 5 else codes, 2 if KB == 8 else 4), stored, C, G, N, WIDE, SHARES)
     if KB == 5:
@@ -311,7 +328,7 @@ def write_few_kernel(
     HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, W: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ref.write for a few tokens of each sequence. Program (b, z, i): TOKENS x HEADS rows of sequence b, keys (z = 0) or values, block i of heads.
 
@@ -348,16 +365,19 @@ def write_few_kernel(
             source = tl.where(opens, pages + before * stride_p, page)
             known = stored & ((position >= P) | (opens == 0))
             mean = _load((source + MEAN_K).to(tl.pointer_type(tl.float16)), known, D, KC, K_JP, K_WIDE, KPER, W)
+        unit: tl.constexpr = BLOCK_K**-0.5 if ROTATE else 1.0
         y = _rotated(x, keys, real, signs, D, KC, K_JP, K_WIDE, KPER, W, W, ROTATE, BLOCK_K)
         kd = _dim(D, KC, K_JP * K_WIDE, KPER)
         if S > 0:
             if first < S:
-                _put_sinks(page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, W, ROW_SCALES, ROWS_K)
+                _put_sinks(page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, W, ROW_SCALES, ROWS_K, unit, PTX)
         if MEAN:
             if (first + P - 1) // P * P < first + queries:
                 _store((page + MEAN_K).to(tl.pointer_type(tl.float16)), mean, stored & (t == 0), D, KC, K_JP, K_WIDE, KPER, W)
-            y -= mean.to(tl.float32)
-        _put_keys(page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, W, CODES_K, HIGH_K, SCALES_K)
+            y -= mean.to(tl.float32) * (1 / unit)
+        _put_keys(
+            page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, W, CODES_K, HIGH_K, SCALES_K, unit, PTX,
+        )  # fmt: skip
     else:
         values = v + each_head * stride_vh
         signs_v = _signs(v.dtype.element_ty, V_WIDE, W, W)
@@ -369,20 +389,23 @@ def write_few_kernel(
         stored, page = _stored(pages, slot_mapping + first_token + token, (token < queries) & (head < heads), stride_p, P)
         position = first + token
         t = position % P
+        unit: tl.constexpr = BLOCK_V**-0.5 if ROTATE else 1.0
         yv = _rotated(xv, values, real, signs_v, DV, VC, V_JP, V_WIDE, VPER, W, W, ROTATE, BLOCK_V)
         vd = _dim(DV, VC, V_JP * V_WIDE, VPER)
         if S > 0:
             if first < S:
-                _put_sinks(page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, W, ROW_SCALES + 4 * S, ROWS_V)
-        codes, pair = _encoded(yv, vd, VB, DV, W)
+                _put_sinks(
+                    page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, W, ROW_SCALES + 4 * S, ROWS_V, unit, PTX,
+                )  # fmt: skip
+        codes, pair = _encoded(yv, vd, unit, VB, DV, W, PTX)
         tl.store((page + SCALES_V).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
         _put_value_words(page + CODES_V, t, _packed(codes, VPER), stored, VC, V_A, V_N, V_WIDE, W)
 
 
 @triton.jit
-def _mean_of(y, counted, count):
-    """float32 [columns], of float16's values: the mean of the rows of y that are counted."""
-    mean = tl.sum(tl.where(counted[:, None], y, 0.0), 0) * (1.0 / count.to(tl.float32))
+def _mean_of(y, counted, count, UNIT: tl.constexpr):
+    """float32 [columns], of float16's values: the mean of the rows of y, multiples of UNIT, that are counted."""
+    mean = tl.sum(tl.where(counted[:, None], y, 0.0), 0) * (UNIT / count.to(tl.float32))
     return tl.minimum(tl.maximum(mean, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
 
 
@@ -424,7 +447,7 @@ def write_kernel(
     HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
-    ENOUGH: tl.constexpr, W: tl.constexpr, BB: tl.constexpr, PDL: tl.constexpr,
+    ENOUGH: tl.constexpr, W: tl.constexpr, BB: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ref.write. Program (s, h, z): the tokens of the s-th touched page, head h, keys (z = 0) or values; pages are counted sequence by sequence."""
     after_previous(PDL)
@@ -450,13 +473,14 @@ def write_kernel(
     t = _token(W, P // W)
     position = begin + t
     inside = (position >= first) & (position < length)
-    index = (first_token - first + position).to(tl.int64)
     slots = slot_mapping + (first_token - first)
+    index = (first_token - first + begin).to(tl.int64)  # the page's first token among all, whether it is new or not
     stored = tl.load(slots + position, mask=inside, other=-1) >= 0
 
     # keys and values each with names of their own: Triton wants one shape for a name in both branches
     if tl.program_id(2) == 0:
-        keys = k + index * stride_k + head * stride_kh
+        unit: tl.constexpr = BLOCK_K**-0.5 if ROTATE else 1.0
+        keys = k + (index * stride_k + head * stride_kh) + t * stride_k
         x = _load(keys, inside, D, KC, K_JP, K_WIDE, KPER, 1)
         number, n, count = _look(slots, begin, first, length, P, S)
         page = pages + number.to(tl.int64) * stride_p + head * stride_ph
@@ -481,7 +505,7 @@ def write_kernel(
                     z = _rotated(
                         x, others, counted, _signs(k.dtype.element_ty, K_WIDE, W, 1), D, KC, K_JP, K_WIDE, KPER, W, 1, ROTATE, BLOCK_K
                     )
-                    _put_mean(means, _mean_of(z, counted, enough), kd)
+                    _put_mean(means, _mean_of(z, counted, enough, unit), kd)
                     tl.debug_barrier()
                     x = _load(keys, inside, D, KC, K_JP, K_WIDE, KPER, 1)  # again: registers hold one tile
                 elif source >= 0:
@@ -490,18 +514,21 @@ def write_kernel(
         y = _rotated(x, keys, inside, _signs(k.dtype.element_ty, K_WIDE, W, 1), D, KC, K_JP, K_WIDE, KPER, W, 1, ROTATE, BLOCK_K)
         if S > 0:
             if (entry == 0) & (first < S):
-                _put_sinks(each_page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, 1, ROW_SCALES, ROWS_K)
+                _put_sinks(each_page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, 1, ROW_SCALES, ROWS_K, unit, PTX)
         if MEAN:
             if opened & (source == begin):
-                mean = _mean_of(y, stored & (position >= S), count)
+                mean = _mean_of(y, stored & (position >= S), count, unit)
             else:
                 mean = tl.load(means.to(tl.pointer_type(tl.float16)) + kd, mask=tl.minimum(kd, source) >= 0, other=0.0).to(tl.float32)
             if opens:
                 _put_mean(page + MEAN_K, mean, kd)
-            y -= mean[None, :]
-        _put_keys(each_page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, 1, CODES_K, HIGH_K, SCALES_K)
+            y -= mean[None, :] * (1 / unit)
+        _put_keys(
+            each_page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, 1, CODES_K, HIGH_K, SCALES_K, unit, PTX,
+        )  # fmt: skip
     else:
-        values = v + index * stride_v + head * stride_vh
+        unit: tl.constexpr = BLOCK_V**-0.5 if ROTATE else 1.0
+        values = v + (index * stride_v + head * stride_vh) + t * stride_v
         xv = _load(values, inside, DV, VC, V_JP, V_WIDE, VPER, 1)
         number, n, _ = _look(slots, begin, first, length, P, S)
         page = pages + number.to(tl.int64) * stride_p + head * stride_ph
@@ -510,8 +537,10 @@ def write_kernel(
         vd = _dim(DV, VC, V_JP * V_WIDE, VPER)
         if S > 0:
             if (entry == 0) & (first < S):
-                _put_sinks(each_page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, 1, ROW_SCALES + 4 * S, ROWS_V)
-        codes, pair = _encoded(yv, vd, VB, DV, 1)
+                _put_sinks(
+                    each_page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, 1, ROW_SCALES + 4 * S, ROWS_V, unit, PTX,
+                )  # fmt: skip
+        codes, pair = _encoded(yv, vd, unit, VB, DV, 1, PTX)
         tl.store((each_page + SCALES_V).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
         words = _packed(codes, VPER)
         if n == P:
@@ -557,7 +586,7 @@ def write(
     batch, heads = seq_lens.shape[0], pages.shape[1]
     strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0))
     tensors = (k, v, pages, slot_mapping, query_start_loc, seq_lens, block_table)
-    constants = page_constants(page, 1) | dependent_launch()
+    constants = page_constants(page, 1) | {"PTX": PTX} | dependent_launch()
     if max_query_len < MEAN_TOKENS:
         rows, warps = few_launch(page, max_query_len)
         heads_each = max(1, min(_pow2(heads), rows // _pow2(max_query_len)))
@@ -568,5 +597,6 @@ def write(
     else:
         grid, warps = (touched_pages(slot_mapping.shape[0], batch, page.page_size), heads, 2), warps_of(page)
         write_kernel[grid](
-            *tensors, batch, *strides, ENOUGH=MEAN_TOKENS, W=warps, BB=batch_block(batch), num_warps=warps, num_stages=1, **constants
-        )
+            *tensors, batch, *strides, ENOUGH=MEAN_TOKENS, W=warps, BB=batch_block(batch), num_warps=warps, num_stages=1, **constants,
+            **({"maxnreg": REGISTERS} if PTX and max(page.head_dim, page.v_head_dim) <= 128 else {}),
+        )  # fmt: skip

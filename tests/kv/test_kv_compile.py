@@ -48,8 +48,8 @@ def test_kernel_compiles(case, results):
         assert case[0] == "write_few" or found["mfma"] > 0
     assert found.get("shared", 0) <= SHARED
     if case[1] == "sm_90" and "stack" in found and case[0] != "write_float32" and "d256" not in case[2]:
-        # decode and prefill keep a few words in memory that are needed before and after their loop over pages; write of k8v4 two, with Triton 3.6
-        spare = 64 if case[0] in ("decode", "prefill") else 8 if case[0] == "write" and case[2].startswith("k8v4") else 0
+        # decode and prefill keep a few words in memory that are needed before and after their loop over pages
+        spare = 64 if case[0] in ("decode", "prefill") else 0
         assert found["stack"] <= spare, "registers are spilled"
 
 
