@@ -78,8 +78,9 @@ def quantize_ref(x: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tenso
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias, x and out bfloat16, M > 0."""
     t = named("scaled_mm", spec, tensors)
-    if fp8_few.suits(x.shape[0], spec, x.device):
-        locks = torch.empty(fp8_few.LOCKS, dtype=torch.int32, device=x.device) if fp8_few.shares(spec, x.device)[0] > 1 else None
+    m = x.shape[0]
+    if fp8_few.suits(m, spec, x.device):
+        locks = torch.empty(fp8_few.LOCKS, dtype=torch.int32, device=x.device) if fp8_few.shares(m, spec, x.device)[0] > 1 else None
         q, scale = quantize(x, t.get("input_scale"), locks)
         fp8_few.linear(q, scale, t["weight"], t["scale"], spec, locks, out, bias)
         return
@@ -101,13 +102,18 @@ def warm(spec: Spec, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> N
     """Runs on zeros whatever `linear` of such a layer compiles, if no layer before had it."""
     t = named("scaled_mm", spec, tensors)
     device = t["weight"].device
-    few = [m for m in fp8_few.STAGES if fp8_few.suits(m, spec, device)]
+    # (rows of x in a block, whether programs share K) -> rows of x
+    few = {
+        (fp8_few.block_m(m), fp8_few.shares(m, spec, device)[0] > 1): m
+        for m in (*fp8_few.STAGES, 128, fp8_few.MOST)
+        if fp8_few.suits(m, spec, device)
+    }
     # what kernels are compiled for: the format, a row's length, and which sizes are 1 or multiples of 16
-    key = (device, dtype, bias, *few, replace(spec, n=0), spec.n % 16 == 0, t["scale"].numel() == 1, fp8_few.shares(spec, device)[0] > 1)
+    key = (device, dtype, bias, *few, replace(spec, n=0), spec.n % 16 == 0, t["scale"].numel() == 1)
     if key in _done:
         return
     _done.add(key)
     x, y = (torch.zeros(fp8_few.MOST, n, dtype=dtype, device=device) for n in (spec.k, spec.n))
     quantize(x, t.get("input_scale"))
-    for m in few:
+    for m in few.values():
         linear(x[:m], spec, tensors, y[:m], torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)

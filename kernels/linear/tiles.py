@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
-from math import log2
 from pathlib import Path
 
 import torch
@@ -140,6 +139,6 @@ def pick(entry: Entry, m: int, n: int, tiles_k: int, multiprocessors: int) -> Ti
     if -(-m // many.block_m) * -(-n // many.block_n) * many.warps >= programs * (1.6 if m <= 128 else 3):
         return many
     blocks_m = -(-m // few.block_m)
-    # the power of two next to what fills the GPU; every share has at least four steps to fill its pipeline with
-    share = 2 ** max(0, round(log2(programs / (blocks_m * -(-n // few.block_n)))))
+    # what fills the GPU; every share has at least four steps to fill its pipeline with
+    share = round(programs / (blocks_m * -(-n // few.block_n)))
     return replace(few, split_k=1 if blocks_m > LOCKS else max(1, min(share, entry.most, tiles_k // few.step // 4)))

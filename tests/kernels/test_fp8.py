@@ -47,13 +47,14 @@ def test_the_quantizer_rounds_as_torch_does(m, k, static, device):
 
 @pytest.mark.parametrize("row_scales", [True, False])
 @pytest.mark.parametrize(
-    ("m", "n", "k", "multiprocessors"), [(1, 64, 128, 1), (16, 72, 1024, 4), (17, 130, 1152, 6), (64, 200, 512, 132), (100, 64, 1152, 2)]
+    ("m", "n", "k", "multiprocessors"),
+    [(1, 64, 128, 1), (16, 72, 1024, 4), (17, 130, 1152, 6), (64, 200, 512, 132), (100, 64, 1152, 2), (200, 72, 512, 1)],
 )
 def test_the_product_of_few_rows(m, n, k, multiprocessors, row_scales, device, monkeypatch):
     """Tails of N and of K's shares, on more and fewer programs; into columns of a wider output."""
     monkeypatch.setattr(fp8_few, "multiprocessors", lambda device: multiprocessors)
     s = spec("e4m3*f32/row", n, k)
-    shared = fp8_few.shares(s, device)[0] > 1
+    shared = fp8_few.shares(m, s, device)[0] > 1
     assert shared == (k > 512)
     weight = quantized(s, device).codes.view(torch.float8_e4m3fn)
     row = torch.rand(n if row_scales else 1, device=device) + 0.5
