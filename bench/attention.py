@@ -237,6 +237,7 @@ def run_first(layouts: list[str], rate: float, rep_ms: float) -> list[Row]:
         return stored(lambda: reshape_and_cache_flash(k, v, keys, values, slots, "auto", one, one))
 
     case = {"op": "prefill", "case": f"first {n}"}
+    found.append(measured(case, "fa3, nothing stored", floor, lambda: stored(lambda: None), rep_ms))
     found.append(measured(case, "fa3 bf16", floor, bf16, rep_ms))
     for layout in layouts:
         page = get_layout(layout).page(dim, PAGE_SIZE)
