@@ -29,9 +29,6 @@ from qplugins.kernels.kv.ref import MEAN_TOKENS
 from qplugins.kernels.kv.rotation import block
 from qplugins.kernels.kv.tile import PTX, key_column, page_constants, rotation_sign
 
-# of a thread of write_kernel, so that 16 warps fit on a multiprocessor: with half of them it takes a third longer. Triton 3.6 needs no more than
-# that for rows of 128 values; newer ones keep a few words in memory
-REGISTERS = 128
 ROWS = 16  # of a tile at least: those of a tensor core's product
 METADATA = ["slot_mapping", "query_start_loc", "seq_lens", "block_table"]
 
@@ -142,8 +139,11 @@ def _store(at, x, real, D: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, WIDE
 def _dim(D: tl.constexpr, C: tl.constexpr, U: tl.constexpr, PER: tl.constexpr):
     """[columns]: which of head_dim's values each holds; -1 where it pads."""
     c = tl.arange(0, PER * 4 * U)
-    d = c // (4 * U) * C + c % (4 * U)
-    return tl.where((c % (4 * U) < C) & (d < D), d, -1)
+    if PER * 4 * U == D:
+        return c
+    else:
+        d = c // (4 * U) * C + c % (4 * U)
+        return tl.where((c % (4 * U) < C) & (d < D), d, -1)
 
 
 @triton.jit
@@ -182,37 +182,28 @@ def _rotated(
 
 
 @triton.jit
-def _levels(y, factor, offset, BITS: tl.constexpr, PTX: tl.constexpr):
-    """The low bits of an int32: floor(2 ** BITS * (y * factor + offset)), from 0 to 2 ** BITS - 1."""
-    # of numbers below 1, so that clamping is a multiplication's, and conversion to an integer one that rounds down next to 2 ** 23
-    most: tl.constexpr = 2**BITS * (1 - 2**-24)
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 u; fma.rn.sat.f32 u, $1, $2, $3; fma.rz.f32 u, u, $4, 0f4B000000; mov.b32 $0, u; }",
-            "=r,f,f,f,f", [y, factor, offset, tl.full((1, 1), most, tl.float32)], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return (tl.minimum(tl.maximum(y * factor + offset, 0.0), 1.0) * most).to(tl.int32)
-
-
-@triton.jit
-def _encoded(y, d, UNIT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, PTX: tl.constexpr):
-    """Codes [rows, columns], the low bits of an int32, 0 in columns that pad, and [rows] words of scale and zero. y: multiples of UNIT; d: `_dim`."""
+def _encoded(y, d, UNIT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr):
+    """Codes of UNIT * y, the low bits of int32 [rows, columns], 0 in columns that pad, and [rows] words of scale and zero. d: `_dim`."""
+    TOP: tl.constexpr = 2**BITS - 1
     low, high = y, y
     if y.shape[1] != D:
         low, high = tl.where((d >= 0)[None, :], y, float("inf")), tl.where((d >= 0)[None, :], y, float("-inf"))
     if SHARES == 1:
-        low, high = UNIT * tl.min(low, 1), UNIT * tl.max(high, 1)
+        low, high = tl.min(low, 1), tl.max(high, 1)
     else:
         # one reduction for both, so that the warps that share a row meet once
-        high, low = tl.split(UNIT * tl.max(tl.join(high, -low), 1))
+        high, low = tl.split(tl.max(tl.join(high, -low), 1))
         low = -low
-    scale = tl.minimum((high - low) / (2**BITS - 1), 65504.0).to(tl.float16)
+    low, high = low * UNIT, high * UNIT
+    scale = tl.minimum((high - low) / TOP, 65504.0).to(tl.float16)
     zero = tl.minimum(tl.maximum(low + 2 ** (BITS - 1) * scale.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     pair = (scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (zero.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     scale = scale.to(tl.float32)
-    factor = tl.where(scale > 0, 2.0**-BITS / tl.where(scale > 0, scale, 1.0), 0.0)  # of a unit
-    codes = _levels(y, UNIT * factor[:, None], (0.5 + 2.0 ** -(BITS + 1) - zero.to(tl.float32) * factor)[:, None], BITS, PTX)
+    steps = tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0) * (1.0 / TOP)  # a unit, of all that there are
+    start = 2 ** (BITS - 1) / TOP + 2**-22 - zero.to(tl.float32) * steps  # a little more, so that what lies halfway is rounded up
+    # two instructions a code: a multiplication clamps to 0 .. 1 for nothing, and a sum above 2 ** 23 is rounded to a whole number in its low bits
+    share = tl.minimum(tl.maximum(y * (steps * UNIT)[:, None] + start[:, None], 0.0), 1.0)
+    codes = (share * TOP + 8388608.0).to(tl.int32, bitcast=True)
     if y.shape[1] != D:
         codes = tl.where((d >= 0)[None, :], codes, 0)
     return codes, pair
@@ -281,10 +272,10 @@ def _put_value_blocks(part, words, C: tl.constexpr, N: tl.constexpr, WIDE: tl.co
 @triton.jit
 def _put_sinks(
     page, position, y, d, sink, D: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, WIDE: tl.constexpr, PER: tl.constexpr,
-    SHARES: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
+    SHARES: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Sink rows of y in 8 bits."""
-    codes, pair = _encoded(y, d, UNIT, 8, D, SHARES, PTX)
+    """Sink rows of UNIT * y in 8 bits."""
+    codes, pair = _encoded(y, d, UNIT, 8, D, SHARES)
     tl.store((page + ROW_SCALES).to(tl.pointer_type(tl.int32)) + position, pair, mask=sink)
     _store(page + ROWS + position.to(tl.int64) * D, codes, sink, D, C, JP, WIDE, PER, SHARES)
 
@@ -292,10 +283,10 @@ def _put_sinks(
 @triton.jit
 def _put_keys(
     page, t, y, d, stored, D: tl.constexpr, KB: tl.constexpr, C: tl.constexpr, JP: tl.constexpr, G: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr,
-    HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr, SHARES: tl.constexpr, CODES_K: tl.constexpr, HIGH_K: tl.constexpr, SCALES_K: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
+    HIGH_G: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr, SHARES: tl.constexpr, CODES_K: tl.constexpr, HIGH_K: tl.constexpr, SCALES_K: tl.constexpr,
 ):  # fmt: skip
     """Rotated keys y, less the mean. page, t [rows]: each row's page and its place there."""
-    codes, pair = _encoded(y, d, UNIT, KB, D, SHARES, PTX)
+    codes, pair = _encoded(y, d, 1.0, KB, D, SHARES)
     tl.store((page + SCALES_K).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
     _put_key_words(page + CODES_K, t, _packed(codes & 15 if KB == 5 else codes, 2 if KB == 8 else 4), stored, C, G, N, WIDE, SHARES)
     if KB == 5:
@@ -328,7 +319,7 @@ def write_few_kernel(
     HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, W: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ref.write for a few tokens of each sequence. Program (b, z, i): TOKENS x HEADS rows of sequence b, keys (z = 0) or values, block i of heads.
 
@@ -337,6 +328,8 @@ def write_few_kernel(
     """
     KPER: tl.constexpr = 2 if KB == 8 else 4
     VPER: tl.constexpr = 2 if VB == 8 else 4
+    UNIT_K: tl.constexpr = BLOCK_K**-0.5 if ROTATE else 1.0
+    UNIT_V: tl.constexpr = BLOCK_V**-0.5 if ROTATE else 1.0
     b = tl.program_id(0)
     row = tl.arange(0, TOKENS * HEADS)
     token, head = row // HEADS, (tl.program_id(2) * HEADS + row % HEADS).to(tl.int64)
@@ -365,19 +358,16 @@ def write_few_kernel(
             source = tl.where(opens, pages + before * stride_p, page)
             known = stored & ((position >= P) | (opens == 0))
             mean = _load((source + MEAN_K).to(tl.pointer_type(tl.float16)), known, D, KC, K_JP, K_WIDE, KPER, W)
-        unit: tl.constexpr = BLOCK_K**-0.5 if ROTATE else 1.0
-        y = _rotated(x, keys, real, signs, D, KC, K_JP, K_WIDE, KPER, W, W, ROTATE, BLOCK_K)
+        y = _rotated(x, keys, real, signs, D, KC, K_JP, K_WIDE, KPER, W, W, ROTATE, BLOCK_K) * UNIT_K
         kd = _dim(D, KC, K_JP * K_WIDE, KPER)
         if S > 0:
             if first < S:
-                _put_sinks(page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, W, ROW_SCALES, ROWS_K, unit, PTX)
+                _put_sinks(page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, W, ROW_SCALES, ROWS_K, 1.0)
         if MEAN:
             if (first + P - 1) // P * P < first + queries:
                 _store((page + MEAN_K).to(tl.pointer_type(tl.float16)), mean, stored & (t == 0), D, KC, K_JP, K_WIDE, KPER, W)
-            y -= mean.to(tl.float32) * (1 / unit)
-        _put_keys(
-            page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, W, CODES_K, HIGH_K, SCALES_K, unit, PTX,
-        )  # fmt: skip
+            y -= mean.to(tl.float32)
+        _put_keys(page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, W, CODES_K, HIGH_K, SCALES_K)
     else:
         values = v + each_head * stride_vh
         signs_v = _signs(v.dtype.element_ty, V_WIDE, W, W)
@@ -389,24 +379,31 @@ def write_few_kernel(
         stored, page = _stored(pages, slot_mapping + first_token + token, (token < queries) & (head < heads), stride_p, P)
         position = first + token
         t = position % P
-        unit: tl.constexpr = BLOCK_V**-0.5 if ROTATE else 1.0
         yv = _rotated(xv, values, real, signs_v, DV, VC, V_JP, V_WIDE, VPER, W, W, ROTATE, BLOCK_V)
         vd = _dim(DV, VC, V_JP * V_WIDE, VPER)
         if S > 0:
             if first < S:
                 _put_sinks(
-                    page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, W, ROW_SCALES + 4 * S, ROWS_V, unit, PTX,
-                )  # fmt: skip
-        codes, pair = _encoded(yv, vd, unit, VB, DV, W, PTX)
+                    page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, W, ROW_SCALES + 4 * S, ROWS_V, UNIT_V
+                )
+        codes, pair = _encoded(yv, vd, UNIT_V, VB, DV, W)
         tl.store((page + SCALES_V).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
         _put_value_words(page + CODES_V, t, _packed(codes, VPER), stored, VC, V_A, V_N, V_WIDE, W)
 
 
 @triton.jit
-def _mean_of(y, counted, count, UNIT: tl.constexpr):
-    """float32 [columns], of float16's values: the mean of the rows of y, multiples of UNIT, that are counted."""
-    mean = tl.sum(tl.where(counted[:, None], y, 0.0), 0) * (UNIT / count.to(tl.float32))
-    return tl.minimum(tl.maximum(mean, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
+def _mean_of(y, counted, count, UNIT: tl.constexpr, W: tl.constexpr):
+    """float32 [columns], of float16's values: the mean of the rows of UNIT * y that are counted.
+
+    A lane adds up its own rows. To add up lanes column by column takes three exchanges a column; here the sums are dealt out anew by one trip through
+    shared memory: `split` wants two rows in one lane. `gather` takes the mean to every lane while it is one row: Triton would do it for all of y."""
+    R: tl.constexpr = 8 * W
+    C: tl.constexpr = y.shape[1]
+    some = tl.sum(tl.where(counted[:, None], y, 0.0).reshape(y.shape[0] // R, R, C), 0)
+    a, b = tl.split(some.reshape(R // 2, 2, C).permute(0, 2, 1))
+    mean = tl.sum(a + b, 0) * (UNIT / count.to(tl.float32))
+    mean = tl.minimum(tl.maximum(mean, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
+    return tl.gather(mean, tl.arange(0, C), 0)
 
 
 @triton.jit
@@ -420,14 +417,14 @@ def _look(slots, position, first, length, P: tl.constexpr, S: tl.constexpr):
     how many of these are no sinks. slots: the slot of position 0.
 
     A few at a time, so that every warp sees all of them for itself."""
-    number, stored, counted = tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32)
+    number, seen = tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32)
     for i in tl.static_range(0, P, 32):
         at = position + i + tl.arange(0, 32)
         slot = tl.load(slots + at, mask=(at >= first) & (at < length), other=-1).to(tl.int64)
-        number = tl.maximum(number, tl.where(slot >= 0, slot // P, 0).to(tl.int32))
-        stored += (slot >= 0).to(tl.int32)
-        counted += ((slot >= 0) & (at >= S)).to(tl.int32)
-    return tl.max(number, 0), tl.sum(stored, 0), tl.sum(counted, 0)
+        number = tl.maximum(number, (slot.to(tl.uint64) // P).to(tl.int32))  # a shift; of -1 it is -1 again
+        seen += tl.where(slot >= 0, tl.where(at >= S, 0x10001, 1), 0)
+    both = tl.sum(seen, 0)
+    return tl.max(number, 0), both & 0xFFFF, both >> 16
 
 
 @triton.jit
@@ -447,41 +444,43 @@ def write_kernel(
     HIGH_A: tl.constexpr, HIGH_N: tl.constexpr, HIGH_WIDE: tl.constexpr,
     CODES_K: tl.constexpr, HIGH_K: tl.constexpr, CODES_V: tl.constexpr, SCALES_K: tl.constexpr, SCALES_V: tl.constexpr, MEAN_K: tl.constexpr,
     ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr, ROWS_V: tl.constexpr,
-    ENOUGH: tl.constexpr, W: tl.constexpr, BB: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    ENOUGH: tl.constexpr, W: tl.constexpr, BB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ref.write. Program (s, h, z): the tokens of the s-th touched page, head h, keys (z = 0) or values; pages are counted sequence by sequence."""
     after_previous(PDL)
     KPER: tl.constexpr = 2 if KB == 8 else 4
     VPER: tl.constexpr = 2 if VB == 8 else 4
+    UNIT_K: tl.constexpr = BLOCK_K**-0.5 if ROTATE else 1.0
+    UNIT_V: tl.constexpr = BLOCK_V**-0.5 if ROTATE else 1.0
     share = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    each = tl.arange(0, BB)
-    here = each < B
-    lens = tl.load(seq_lens + each, mask=here, other=0)
-    new = tl.load(query_start_loc + each + 1, mask=here, other=0) - tl.load(query_start_loc + each, mask=here, other=0)
-    touched = tl.where(new > 0, (lens - 1) // P - (lens - new) // P + 1, 0)
-    stops = tl.cumsum(touched, 0)
-    if share >= tl.sum(touched, 0):
-        return
-    b = tl.sum((stops <= share).to(tl.int32), 0)
-    nth = share - tl.sum(tl.where(each == b, stops - touched, 0), 0)
-    length = tl.load(seq_lens + b)
-    first_token = tl.load(query_start_loc + b)
-    first = length - (tl.load(query_start_loc + b + 1) - first_token)  # position of the first new token
+    b, nth = share * 0, share
+    if B > 1:
+        each = tl.arange(0, BB)
+        here = each < B
+        lens = tl.load(seq_lens + each, mask=here, other=0)
+        new = tl.load(query_start_loc + each + 1, mask=here, other=0) - tl.load(query_start_loc + each, mask=here, other=0)
+        touched = tl.where(new > 0, (lens - 1) // P - (lens - new) // P + 1, 0)
+        stops = tl.cumsum(touched, 0)
+        b = tl.minimum(tl.sum((stops <= share).to(tl.int32), 0), B - 1)
+        nth -= tl.sum(tl.where(each == b, stops - touched, 0), 0)
+    first_token, queries, first = _sequence(query_start_loc, seq_lens, b)
+    length = first + queries
     entry = first // P + nth
     begin = entry * P  # position of the page's first token
+    if (begin >= length) | (queries <= 0):
+        return
     t = _token(W, P // W)
     position = begin + t
     inside = (position >= first) & (position < length)
+    index = (first_token - first + position).to(tl.int64)
     slots = slot_mapping + (first_token - first)
-    index = (first_token - first + begin).to(tl.int64)  # the page's first token among all, whether it is new or not
-    stored = tl.load(slots + position, mask=inside, other=-1) >= 0
 
     # keys and values each with names of their own: Triton wants one shape for a name in both branches
     if tl.program_id(2) == 0:
-        unit: tl.constexpr = BLOCK_K**-0.5 if ROTATE else 1.0
-        keys = k + (index * stride_k + head * stride_kh) + t * stride_k
+        keys = k + index * stride_k + head * stride_kh
         x = _load(keys, inside, D, KC, K_JP, K_WIDE, KPER, 1)
+        stored = tl.load(slots + position, mask=inside, other=-1) >= 0
         number, n, count = _look(slots, begin, first, length, P, S)
         page = pages + number.to(tl.int64) * stride_p + head * stride_ph
         each_page = page + tl.zeros((P,), tl.int32)
@@ -505,7 +504,7 @@ def write_kernel(
                     z = _rotated(
                         x, others, counted, _signs(k.dtype.element_ty, K_WIDE, W, 1), D, KC, K_JP, K_WIDE, KPER, W, 1, ROTATE, BLOCK_K
                     )
-                    _put_mean(means, _mean_of(z, counted, enough, unit), kd)
+                    _put_mean(means, _mean_of(z, counted, enough, UNIT_K, W), kd)
                     tl.debug_barrier()
                     x = _load(keys, inside, D, KC, K_JP, K_WIDE, KPER, 1)  # again: registers hold one tile
                 elif source >= 0:
@@ -514,22 +513,22 @@ def write_kernel(
         y = _rotated(x, keys, inside, _signs(k.dtype.element_ty, K_WIDE, W, 1), D, KC, K_JP, K_WIDE, KPER, W, 1, ROTATE, BLOCK_K)
         if S > 0:
             if (entry == 0) & (first < S):
-                _put_sinks(each_page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, 1, ROW_SCALES, ROWS_K, unit, PTX)
+                _put_sinks(each_page, position, y, kd, stored & (position < S), D, KC, K_JP, K_WIDE, KPER, 1, ROW_SCALES, ROWS_K, UNIT_K)
         if MEAN:
             if opened & (source == begin):
-                mean = _mean_of(y, stored & (position >= S), count, unit)
+                mean = _mean_of(y, stored & (position >= S), count, UNIT_K, W)
             else:
                 mean = tl.load(means.to(tl.pointer_type(tl.float16)) + kd, mask=tl.minimum(kd, source) >= 0, other=0.0).to(tl.float32)
             if opens:
                 _put_mean(page + MEAN_K, mean, kd)
-            y -= mean[None, :] * (1 / unit)
-        _put_keys(
-            each_page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, 1, CODES_K, HIGH_K, SCALES_K, unit, PTX,
-        )  # fmt: skip
+            y = y * UNIT_K - mean[None, :]
+        else:
+            y *= UNIT_K
+        _put_keys(each_page, t, y, kd, stored, D, KB, KC, K_JP, K_A, K_N, K_WIDE, HIGH_A, HIGH_N, HIGH_WIDE, 1, CODES_K, HIGH_K, SCALES_K)
     else:
-        unit: tl.constexpr = BLOCK_V**-0.5 if ROTATE else 1.0
-        values = v + (index * stride_v + head * stride_vh) + t * stride_v
+        values = v + index * stride_v + head * stride_vh
         xv = _load(values, inside, DV, VC, V_JP, V_WIDE, VPER, 1)
+        stored = tl.load(slots + position, mask=inside, other=-1) >= 0
         number, n, _ = _look(slots, begin, first, length, P, S)
         page = pages + number.to(tl.int64) * stride_p + head * stride_ph
         each_page = page + tl.zeros((P,), tl.int32)
@@ -538,9 +537,9 @@ def write_kernel(
         if S > 0:
             if (entry == 0) & (first < S):
                 _put_sinks(
-                    each_page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, 1, ROW_SCALES + 4 * S, ROWS_V, unit, PTX,
-                )  # fmt: skip
-        codes, pair = _encoded(yv, vd, unit, VB, DV, 1, PTX)
+                    each_page, position, yv, vd, stored & (position < S), DV, VC, V_JP, V_WIDE, VPER, 1, ROW_SCALES + 4 * S, ROWS_V, UNIT_V
+                )
+        codes, pair = _encoded(yv, vd, UNIT_V, VB, DV, 1)
         tl.store((each_page + SCALES_V).to(tl.pointer_type(tl.int32)) + t, pair, mask=stored)
         words = _packed(codes, VPER)
         if n == P:
@@ -554,6 +553,13 @@ def warps_of(page: Page) -> int:
     8,192 tokens of head_dim 64 took 11 us on an H100, and 16 with as many warps as the long ones have."""
     warps = page.page_size // max(ROWS, 8 * page.k.n, 8 * page.v.n)
     return max(4, warps // 2) if max(page.head_dim, page.v_head_dim) <= 64 else warps
+
+
+def registers_of(page: Page) -> dict[str, int]:
+    """A launch option that makes room for 16 warps on a multiprocessor, where rows are short enough to need no memory for it: Triton 3.6 would give
+    a thread of k5v4 171 registers, and a multiprocessor half of the programs."""
+    dims = (page.head_dim, page.v_head_dim)
+    return {"maxnreg": 128} if PTX and all(block(d) == d <= 128 for d in dims) else {}
 
 
 def few_launch(page: Page, max_query_len: int) -> tuple[int, int]:
@@ -586,7 +592,7 @@ def write(
     batch, heads = seq_lens.shape[0], pages.shape[1]
     strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0))
     tensors = (k, v, pages, slot_mapping, query_start_loc, seq_lens, block_table)
-    constants = page_constants(page, 1) | {"PTX": PTX} | dependent_launch()
+    constants = page_constants(page, 1) | dependent_launch()
     if max_query_len < MEAN_TOKENS:
         rows, warps = few_launch(page, max_query_len)
         heads_each = max(1, min(_pow2(heads), rows // _pow2(max_query_len)))
@@ -598,5 +604,5 @@ def write(
         grid, warps = (touched_pages(slot_mapping.shape[0], batch, page.page_size), heads, 2), warps_of(page)
         write_kernel[grid](
             *tensors, batch, *strides, ENOUGH=MEAN_TOKENS, W=warps, BB=batch_block(batch), num_warps=warps, num_stages=1, **constants,
-            **({"maxnreg": REGISTERS} if PTX and max(page.head_dim, page.v_head_dim) <= 128 else {}),
+            **registers_of(page),
         )  # fmt: skip

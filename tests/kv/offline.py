@@ -90,7 +90,7 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
         )
     dtype = "*fp32" if kernel == "write_float32" else "*bf16"
     args = {"k": dtype, "v": dtype, "pages": "*u8", "slot_mapping": "*i64", **meta, **strides("k kh v vh p ph bt")}
-    constants = tile.page_constants(page, 1) | {"PTX": ptx, "PDL": target == "sm_90"}
+    constants = tile.page_constants(page, 1) | {"PDL": target == "sm_90"}
     if kernel == "write_few":
         rows, warps = write.few_launch(page, 1)
         constants |= {"TOKENS": rows // 8, "HEADS": 8, "W": warps}
