@@ -92,13 +92,14 @@ def _linear(name: str) -> str:
 
 
 def attention() -> str:
-    """bench/results/attention.json: microseconds of one layer, and what they are of the time that reading or writing the pages takes."""
-    data = _figures("attention")
+    """bench/results/attention*.json: microseconds of one layer, and what they are of the time that reading or writing the pages takes. Other heads
+    are in attention_shapes.json, what was timed again in attention_write.json."""
+    data, shapes, again = (_figures(name) for name in ("attention", "attention_shapes", "attention_write"))
     if data is None:
         return "Not measured yet: `make bench OP=attention`."
     by_case: dict[tuple, dict[str, dict]] = {}
     others: dict[tuple, dict[str, dict]] = {}  # decode with other heads
-    for row in data["rows"]:
+    for row in [row for figures in (shapes, data, again) if figures for row in figures["rows"]]:
         case = row["case"]
         heads = tuple(case.get(x) for x in ("heads", "kv_heads", "head_dim"))
         if heads in ((None, None, None), (32, 8, 128)):
@@ -113,7 +114,8 @@ def attention() -> str:
         floor = f"{rows['int4_sink']['us'] / rows['int4_sink']['floor_us']:.2f}" if op == "decode" else ""
         lines.append((op, case, *cells, floor))
     heads = "32 query heads, 8 KV heads, head_dim 128, microseconds a layer"
-    table = f"{_where(data)}; {heads}.\n\n" + markdown(("", "", *(f"`{i}`" for i in impls), "int4_sink, of its floor"), lines)
+    later = f"; write and a first chunk: commit {again['commit']}" if again else ""
+    table = f"{_where(data)}{later}; {heads}.\n\n" + markdown(("", "", *(f"`{i}`" for i in impls), "int4_sink, of its floor"), lines)
     for shape in dict.fromkeys(key[:3] for key in others):
         told = [
             f"{case} {rows['fa3 bf16']['us'] / rows['int4_sink']['us']:.1f}"
@@ -135,9 +137,9 @@ def engines() -> str:
         rows = {row["kv"]: row for row in data["rows"]}
         for name, row in rows.items():
             more = f"{row['tokens_per_gib'] / rows['auto']['tokens_per_gib']:.2f}"
-            shapes = row["16x8192_token_ms"], row["8x32768_token_ms"]
+            shapes = row["16x8192_token_ms"], row.get("8x32768_token_ms")
             prefill = row.get("8x32768_prefill_s")
-            lines.append((engine, f"`{name}`", more, *(f"{x:.2f}" if x else "none" for x in shapes), f"{prefill:.2f}" if prefill else ""))
+            lines.append((engine, f"`{name}`", more, *(f"{x:.2f}" if x else "" for x in shapes), f"{prefill:.2f}" if prefill else ""))
     if not lines:
         return "Not measured yet: `make bench OP=engine_vllm`."
     columns = "engine", "KV cache", "tokens that fit, of 16 bits", "16 x 8,192: ms a token", "8 x 32,768: ms a token", "its prompts, s"
