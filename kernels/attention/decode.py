@@ -725,11 +725,15 @@ class Launch:
 
 
 def launch_of(page: Page, n: int) -> Launch:
-    """Found by bench/attention.py on an H100: what fits the registers of two warps for each of a multiprocessor's four schedulers. Programs of
-    four warps rather than two add up fewer parts in the end, in less time: 1 x 32,768 tokens took 24.0 us with 528 programs and 21.4 with 264."""
-    light = page.k_bits == page.v_bits == 4 and page.head_dim <= 128 and page.v_head_dim <= 128 and n == MIN_ROWS
-    launch = Launch(2 * 128 // page.page_size, 6)
+    """As many programs as a multiprocessor's registers hold, and no fewer: programs that come up while the kernel before them still runs go where there
+    is room, so that some multiprocessors would get more of them than others.
+
+    Found by bench/attention.py on an H100. Programs of four warps rather than two add up fewer parts in the end, in less time: 1 x 32,768 tokens took
+    24.0 us with 528 programs and 21.4 with 264."""
+    short = page.head_dim <= 64 and page.v_head_dim <= 64 and n == MIN_ROWS
+    launch = Launch((3 if short else 2) * 128 // page.page_size, 6, 168 if short else None)
     # elsewhere many parts at once would take registers from the loop over pages
+    light = page.k_bits == page.v_bits == 4 and page.head_dim <= 128 and page.v_head_dim <= 128 and n == MIN_ROWS
     return replace(launch, fan=32, round=max(1, page.page_size // 8), halve=True) if light else launch
 
 
