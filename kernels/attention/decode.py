@@ -18,7 +18,7 @@ Otherwise it leaves its sums in the workspace, and the last of some neighbours t
 depend on who was last; where there are many, such sums are parts again.
 
 **What short batches cost.** Beside reading pages a call takes the time of a chain: which pages, the queries, their rotation, the first page, the
-meeting of a program's warps, two or three times leaving and adding up, the rotation of the output. So the first pages are asked for before the
+meeting of a program's warps, leaving and adding up parts, the rotation of the output. So the first pages are asked for before the
 queries are turned, and what warps or programs have to exchange goes at once rather than piece by piece.
 """
 
@@ -700,6 +700,11 @@ def rows_of(group: int, max_query_len: int) -> tuple[int, int]:
     return n, -(-rows // n)
 
 
+def half_empty(group: int, max_query_len: int) -> bool:
+    """Whether the second half of a program's rows is empty."""
+    return 2 * group * max_query_len <= rows_of(group, max_query_len)[0]
+
+
 @dataclass(frozen=True)
 class Launch:
     """programs   per multiprocessor; a KV head's shares of the pages come from it
@@ -730,10 +735,11 @@ def launch_of(page: Page, n: int) -> Launch:
 
     Found by bench/attention.py on an H100. Programs of four warps rather than two add up fewer parts in the end, in less time: 1 x 32,768 tokens took
     24.0 us with 528 programs and 21.4 with 264."""
-    short = page.head_dim <= 64 and page.v_head_dim <= 64 and n == MIN_ROWS
+    dim = max(page.head_dim, page.v_head_dim)
+    short = dim <= 64 and n == MIN_ROWS
     launch = Launch((3 if short else 2) * 128 // page.page_size, 6, 168 if short else None)
     # elsewhere many parts at once would take registers from the loop over pages
-    light = page.k_bits == page.v_bits == 4 and page.head_dim <= 128 and page.v_head_dim <= 128 and n == MIN_ROWS
+    light = page.k_bits == page.v_bits == 4 and dim <= 128 and n == MIN_ROWS
     return replace(launch, fan=32, round=max(1, page.page_size // 8), halve=True) if light else launch
 
 
@@ -794,7 +800,7 @@ def decode(
     launch = launch or launch_of(page, rows_of(group, max_query_len)[0])
     runs = tile.runs_of(page, launch.tokens)
     n, blocks = rows_of(group, max_query_len)
-    half = launch.halve and 2 * group * max_query_len <= n
+    half = launch.halve and half_empty(group, max_query_len)
     shares = min(shares_of(q.device, heads * blocks, launch), batch * triton.cdiv(max_seq_len, page.page_size))
     sums, ends = _sizes(shares, n, heads * blocks, page)
     if workspace.numel() < 4 * (COUNTERS + sums + ends):

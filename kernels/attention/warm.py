@@ -1,7 +1,7 @@
 """Compiles, before serving, what batches of any make-up will launch: without that each new kind of batch waits seconds for a compiler.
 
-What a kernel is compiled for, beside a layer's own constants, is the length of the vectors that hold a batch (`batch_block`) and the query
-tokens of a sequence. An engine's own warming up has one batch of prompts at most, and decode steps in CUDA graphs.
+What a kernel is compiled for, beside a layer's own constants, is the length of the vectors that hold a batch (`batch_block`) and the rows that
+the query tokens of a sequence take. An engine's own warming up has one batch of prompts at most, and decode steps in CUDA graphs.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qplugins.kernels.attention.decode import rows_of
+from qplugins.kernels.attention.decode import half_empty, rows_of
 from qplugins.kernels.attention.op import decode, merge, prefill
 from qplugins.kernels.kv.op import gather, write
 from qplugins.kernels.kv.page import Page, batch_block
@@ -56,6 +56,11 @@ def batches(most: int) -> list[int]:
     return found
 
 
+def query_lens(group: int, most: int) -> list[int]:
+    """Numbers of query tokens up to `most`, one for each kind of rows that decode is compiled for."""
+    return list({(rows_of(group, n)[0], half_empty(group, n)): n for n in range(most, 0, -1)}.values())
+
+
 def run(calls: Calls, workspace: Tensor) -> None:
     """Makes a call of each kind, on a batch with one sequence that is not padding."""
     page, device = calls.page, workspace.device
@@ -72,8 +77,7 @@ def run(calls: Calls, workspace: Tensor) -> None:
     def starts(tokens: int, batch: int) -> Tensor:
         return torch.tensor([0] + [tokens] * batch, dtype=torch.int32, device=device)
 
-    group = calls.num_heads // calls.num_kv_heads
-    few = {rows_of(group, n)[0]: n for n in range(calls.max_query_len, 0, -1)}.values()  # the least that has so many rows
+    few = query_lens(calls.num_heads // calls.num_kv_heads, calls.max_query_len)
     for batch in batches(calls.max_batch):
         table = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         for n in (1, 2, 4, 8, MEAN_TOKENS - 1, MEAN_TOKENS):

@@ -40,7 +40,7 @@ def compiled(kernel: str, target: str, text: str, group: int, queries: int):
         n = max(decode.rows_of(group, queries)[0], 8 if ptx else 16)
         launch = decode.launch_of(page, n)
         runs = tile.runs_of(page, launch.tokens)
-        half = launch.halve and 2 * group * queries <= n
+        half = launch.halve and decode.half_empty(group, queries)
         args = {
             "q": "*bf16",
             "pages": "*u8",

@@ -7,7 +7,7 @@ import torch
 
 from qplugins.kernels.attention import decode, merge, prefill
 from qplugins.kernels.attention import op as attention
-from qplugins.kernels.attention.warm import Calls, batches, run, warm
+from qplugins.kernels.attention.warm import Calls, batches, query_lens, run, warm
 from qplugins.kernels.kv import gather, write
 from qplugins.kernels.kv import op as kv
 from qplugins.kernels.kv.page import batch_block
@@ -25,6 +25,13 @@ def test_a_batch_of_every_vector_length():
     assert batches(1) == [1] and batches(32) == [32] and batches(200) == [32, 128, 200] and batches(512) == [32, 128, 512]
     for most in (1, 31, 33, 500, 3000):
         assert {batch_block(n) for n in range(1, most + 1)} == {batch_block(n) for n in batches(most)}
+
+
+def test_query_tokens_of_every_kind_of_rows():
+    assert query_lens(4, 4) == [3, 2, 1]  # 16 rows, 8, and 8 of which half are empty
+    for group in (1, 2, 4, 6, 8, 16):
+        kinds = lambda lens, group=group: {(decode.rows_of(group, n)[0], decode.half_empty(group, n)) for n in lens}  # noqa: E731
+        assert kinds(range(1, 17)) == kinds(query_lens(group, 16))
 
 
 @pytest.mark.parametrize("calls", CALLS, ids=lambda c: str(c.page))
