@@ -303,7 +303,8 @@ def tune(layout: str, head_dim: int, heads: int, rate: float, rep_ms: float) -> 
     floor = batch.page_count * 8 * read_bytes(page) / rate * 1e6
     best = decode_kernel.launch_of(page, decode_kernel.rows_of(heads // 8, 1)[0])
     for programs, stages, registers, tokens in product((2, 3, 4), (2, 5, 6), (None, 168), (32, 64)):
-        launch = replace(best, programs=programs, stages=stages, registers=registers, tokens=tokens)
+        at_once = best.round * best.tokens // tokens  # by a program of fewer warps, in as many registers
+        launch = replace(best, programs=programs, stages=stages, registers=registers, tokens=tokens, round=at_once)
         measured({"launch": str(launch)}, layout, floor, lambda launch=launch: own_decode(layout, 8, launch)(batch), rep_ms)
 
 

@@ -70,7 +70,7 @@ def _linear(name: str) -> str:
     data, again = _figures(f"linear_{name}"), _figures(f"linear_{name}_rows_32_to_128")
     replaced = {row["case"]["m"] for row in again["rows"]} if again else set()
     times: dict[tuple, dict[str, float]] = {}
-    for row in [row for row in data["rows"] if row["case"]["m"] not in replaced] + (again["rows"] if again else []):
+    for row in data["rows"] + (again["rows"] if again else []):
         case = row["case"]
         if row["us"]:
             times.setdefault((case["format"], case["m"], case["n"], case["k"]), {})[row["impl"]] = row["us"]

@@ -104,9 +104,9 @@ def linear(
     where nobody shares K."""
     (m, k), n = q.shape, spec.n
     rows = block_m(m)
-    split, steps = shares(m, spec, q.device)
-    work = torch.empty(blocks(m, spec) * split * BLOCK_N * rows, dtype=torch.float32, device=q.device) if split > 1 else scale
-    few_kernel[(blocks(m, spec), split)](
+    count, (split, steps) = blocks(m, spec), shares(m, spec, q.device)
+    work = torch.empty(count * split * BLOCK_N * rows, dtype=torch.float32, device=q.device) if split > 1 else scale
+    few_kernel[(count, split)](
         q, scale, weight, row, row if bias is None else bias, out, work, work if locks is None else locks, m, n, k, out.stride(0), int(row.numel() > 1), split, steps,
         BIAS=bias is not None, BLOCK_N=BLOCK_N, BLOCK_M=rows, BLOCK_K=BLOCK_K, SHARED_K=split > 1, num_warps=4, num_stages=STAGES[rows],
         **dependent_launch(),

@@ -259,7 +259,7 @@ def _loader(
     SCALES: gl.constexpr = SUB * scale.block_type.nbytes if SCALED else 0
     ZEROS: gl.constexpr = SUB * zero.block_type.nbytes if ZEROED else 0
 
-    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_wait()  # for x
     stage = 0
     phase = 1  # the ring is empty
     program = gl.program_id(0)
@@ -345,7 +345,7 @@ def _consumers(
     SUB: gl.constexpr = 4 // SPANS  # tiles of K
     TILES: gl.constexpr = BLOCK_N // 64
 
-    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_wait()  # before anything is written
     stage = 0
     phase = 0
     program = gl.program_id(0)
