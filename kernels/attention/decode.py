@@ -5,7 +5,8 @@ Everything happens in rotated space, and no value of a page is scaled or moved o
     s[t, n] = ks[t] * (q[n] . c[t])  +  kz[t] * sum(q[n])  +  q[n] . mean(page)
     o[n]    = sum_t p[t, n] * vs[t] * c_v[t]  +  sum_t p[t, n] * vz[t]
 
-and the decoded codes are c plus a constant (kv/tile.py), whose share comes off the sums: of q in the first line, of p * vs in the second.
+and the decoded codes are c plus a constant (kv/tile.py), whose share comes off the sums: of q in the first line, of p * vs in the second. A sum that
+has to be of what the tensor core multiplies, rounded, is a product with ones, which costs less than converting and adding.
 
 **Who does what.** The tensor core's first operand are the codes, 16 tokens (first product) or 16 of head_dim (second) a time, its second one
 q or p for N = 8 or more *rows*: a row is a query token of one of the query heads that share a KV head. A program is W warps; each warp
@@ -271,6 +272,17 @@ def _row_pieces(rows, row, stored, column, C: tl.constexpr, D: tl.constexpr, DTY
 
 
 @triton.jit
+def _product(x, y):
+    """x [a, b] @ y, float32; of each where y is [W, b, N]."""
+    if len(y.shape) == 3:
+        W: tl.constexpr = y.shape[0]
+        zero = tl.zeros((W, x.shape[0], y.shape[2]), tl.float32)
+        return dot(tl.broadcast_to(x[None], (W, x.shape[0], x.shape[1])), y, zero)
+    else:
+        return dot(x, y, tl.zeros((x.shape[0], y.shape[1]), tl.float32))
+
+
+@triton.jit
 def sink_scores(
     first, row, stored, q0, q1, q2, q3, q_sum, soft_cap, SOFT_CAP: tl.constexpr, S: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
     WIDE: tl.constexpr, D: tl.constexpr, KB: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS_K: tl.constexpr,
@@ -278,17 +290,16 @@ def sink_scores(
     """The sequence's first tokens, from their rows in its first page: scores float32 [SP, N], and their values' scales and zero points [SP].
 
     first  that page        row, stored  [SP], and which of these there are        q0..q_sum  of `rotated_queries`
+
+    Where q's pieces are [W, 4U, N], W times the same, so are the scores.
     """
     pair = (first + ROW_SCALES).to(tl.pointer_type(tl.int32)) + row
     ks, kz = tile.scale_and_zero(tl.load(pair, mask=stored, other=0))
     vs, vz = tile.scale_and_zero(tl.load(pair + S, mask=stored, other=0))
     k0, k1, k2, k3 = _row_pieces(first + ROWS_K, row, stored, tile.key_column(tl.arange(0, 4 * U), U, WIDE), C, D, tl.float16, KB == 8)
-    raw = tl.zeros((row.shape[0], q0.shape[1]), tl.float32)
-    raw = dot(k0, q0, raw)
-    raw = dot(k1, q1, raw)
+    raw = _product(k0, q0) + _product(k1, q1)
     if KB != 8:
-        raw = dot(k2, q2, raw)
-        raw = dot(k3, q3, raw)
+        raw += _product(k2, q2) + _product(k3, q3)
     s = raw * ks[:, None] + kz[:, None] * q_sum[None, :]
     if SOFT_CAP:
         s = soft_cap * _tanh(s / soft_cap)
@@ -308,13 +319,31 @@ def sink_values(
     VB: tl.constexpr,
     ROWS_V: tl.constexpr,
 ):
-    """sum_r v[r] weight[r, N], as four pieces float32 [4U, N], two of them zero for 8 bits. weight: bfloat16, e * scale."""
+    """sum_r v[r] weight[r, N], as four pieces float32 [4U, N], two of them zero for 8 bits. weight: bfloat16, e * scale; where that is [W, SP, N], the
+    sums are of each."""
     x0, x1, x2, x3 = _row_pieces(first + ROWS_V, row, stored, tile.value_column(tl.arange(0, 4 * U), WIDE), C, D, tl.bfloat16, VB == 8)
-    zero = tl.zeros((4 * U, weight.shape[1]), tl.float32)
-    v0, v1, v2, v3 = dot(x0.T, weight, zero), dot(x1.T, weight, zero), zero, zero
+    v0, v1 = _product(x0.T, weight), _product(x1.T, weight)
+    v2, v3 = tl.zeros_like(v0), tl.zeros_like(v1)
     if VB != 8:
-        v2, v3 = dot(x2.T, weight, zero), dot(x3.T, weight, zero)
+        v2, v3 = _product(x2.T, weight), _product(x3.T, weight)
     return v0, v1, v2, v3
+
+
+@triton.jit
+def _take(s, m, denominators, zeros, scale, zero):
+    """The softmax takes T more tokens: (m, what fades what has been summed [W, N], denominators, zeros, the tokens' weights bfloat16 [W, T, N]).
+
+    s  float32 [W, T, N], scores        scale, zero  float32 [W, T] of the tokens' values
+    """
+    W: tl.constexpr = s.shape[0]
+    T: tl.constexpr = s.shape[1]
+    N: tl.constexpr = s.shape[2]
+    m_new = tl.maximum(m, tl.max(s, 1))
+    fade = tl.exp2(m - m_new)
+    e = tl.exp2(s - m_new[:, None, :])
+    denominators = denominators * fade[:, None, :] + tl.sum(e.reshape(W, T // 8, 8, N), 1)
+    zeros = zeros * fade[:, None, :] + tl.sum((e * zero[:, :, None]).reshape(W, T // 8, 8, N), 1)
+    return m_new, fade, denominators, zeros, round_to(e * scale[:, :, None], tl.bfloat16)
 
 
 @triton.jit
@@ -556,6 +585,7 @@ def decode_kernel(
         m = tl.full((W, N), NOTHING, tl.float32)
         denominators = tl.zeros((W, 8, N), tl.float32)  # summed over every eighth token
         zeros = tl.zeros((W, 8, N), tl.float32)
+        weights = tl.zeros((W, 16, N), tl.float32)  # of tokens, summed as they are multiplied: 16 times the same
         o0 = tl.zeros((W, 4 * VU, N), tl.float32)
         o1 = tl.zeros((W, 4 * VU, N), tl.float32)
         o2 = tl.zeros((W, 4 * VU, N), tl.float32)
@@ -565,25 +595,17 @@ def decode_kernel(
                 # the sequence's first tokens, from their rows: what the first warp starts from
                 first = head_pages + tl.load(table).to(tl.int64) * stride_p
                 row = tl.arange(0, SP)
-                row_stored = (row < S) & (row < length)
-                row_s, row_vs, row_vz = sink_scores(
-                    first, row, row_stored, q0, q1, q2, q3, q_sum, soft_cap, SOFT_CAP, S, KC, KU, K_WIDE, D, KB, ROW_SCALES, ROWS_K
+                stored = (row < S) & (row < length)
+                s, vs, vz = sink_scores(
+                    first, row, stored, qw0, qw1, qw2, qw3, q_sum, soft_cap, SOFT_CAP, S, KC, KU, K_WIDE, D, KB, ROW_SCALES, ROWS_K
                 )
-                row_s = tl.where(row_stored[:, None] & (row[:, None] <= until[None, :]) & (row[:, None] >= since[None, :]), row_s, NOTHING)
-                row_top = tl.max(row_s, 0)
-                row_e = tl.exp2(row_s - row_top[None, :])
-                row_weight = round_to(row_e * row_vs[:, None], tl.bfloat16)
-                warp = tl.arange(0, W)[:, None, None]
-                m = tl.where(tl.arange(0, W)[:, None] == 0, row_top[None, :], NOTHING)
-                eighth = (warp == 0) & (tl.arange(0, 8)[None, :, None] == 0)
-                denominators = tl.where(eighth, tl.sum(row_e, 0)[None, None, :], 0.0)
-                zeros = tl.where(eighth, tl.sum(row_e * row_vz[:, None], 0)[None, None, :], 0.0)
-                v0, v1, v2, v3 = sink_values(first, row, row_stored, row_weight, VC, VU, V_WIDE, DV, VB, ROWS_V)
-                o0 = tl.where(warp == 0, v0[None, :, :], 0.0)
-                o1 = tl.where(warp == 0, v1[None, :, :], 0.0)
+                seen = stored[:, None] & (row[:, None] <= until[None, :]) & (row[:, None] >= since[None, :])
+                s = tl.where(seen[None] & (tl.arange(0, W)[:, None, None] == 0), s, NOTHING)
+                m, _, denominators, zeros, weight = _take(s, m, denominators, zeros, vs[None], vz[None])
+                o0, o1, o2, o3 = sink_values(first, row, stored, weight, VC, VU, V_WIDE, DV, VB, ROWS_V)
+                o0, o1 = o0 / tile.down(0, VB, PTX), o1 / tile.down(1, VB, PTX)
                 if not V8:
-                    o2 = tl.where(warp == 0, v2[None, :, :], 0.0)
-                    o3 = tl.where(warp == 0, v3[None, :, :], 0.0)
+                    o2, o3 = o2 / tile.down(2, VB, PTX), o3 / tile.down(3, VB, PTX)
         in_page = tl.arange(0, W)[:, None] * T + tl.arange(0, T)[None, :]
         not_before = tl.maximum(since, S)  # sinks are read from their rows
 
@@ -598,52 +620,48 @@ def decode_kernel(
                 HIGH_A, HIGH_N, HIGH_WIDE, W,
             )  # fmt: skip
             # two sums side by side: a warp waits for each product before it adds the next
-            nil = tl.zeros((W, T, N), tl.float32)
-            raw = dot(tile.keys(xk, xh, 0, mask, KB, W, T, KU, PTX), qw0, nil)
-            other = dot(tile.keys(xk, xh, 1, mask, KB, W, T, KU, PTX), qw1, nil)
+            raw = dot(tile.keys(xk, xh, 0, mask, KB, W, T, KU, PTX), qw0, tl.broadcast_to(-offset[None, None, :], (W, T, N)))
+            other = dot(tile.keys(xk, xh, 1, mask, KB, W, T, KU, PTX), qw1, tl.zeros((W, T, N), tl.float32))
             if not K8:
                 raw = dot(tile.keys(xk, xh, 2, mask, KB, W, T, KU, PTX), qw2, raw)
                 other = dot(tile.keys(xk, xh, 3, mask, KB, W, T, KU, PTX), qw3, other)
             raw += other
             ks, kz = tile.scale_and_zero(kp)
-            s = (raw - offset[None, None, :]) * ks[:, :, None] + kz[:, :, None] * q_sum[None, None, :]
+            shift = kz[:, :, None] * q_sum[None, None, :]
             if MEAN:
                 mean = (page + MEAN_K).to(tl.pointer_type(tl.float16))
                 none = tl.zeros((W, 16, N), tl.float32)
-                shift = dot(_mean_piece(mean, 0, KC, K_PIECES, K_JP, K_WIDE, D, W), qw0, none)
+                of_mean = dot(_mean_piece(mean, 0, KC, K_PIECES, K_JP, K_WIDE, D, W), qw0, none)
                 more = dot(_mean_piece(mean, 1, KC, K_PIECES, K_JP, K_WIDE, D, W), qw1, none)
                 if not K8:
-                    shift += dot(_mean_piece(mean, 2, KC, K_PIECES, K_JP, K_WIDE, D, W), qw2, none)
+                    of_mean += dot(_mean_piece(mean, 2, KC, K_PIECES, K_JP, K_WIDE, D, W), qw2, none)
                     more += dot(_mean_piece(mean, 3, KC, K_PIECES, K_JP, K_WIDE, D, W), qw3, none)
-                shift += more
+                of_mean += more
                 # its 16 rows are alike, as are the tile's rows that they are added to
-                s = (s.reshape(W, T // 16, 16, N) + shift[:, None, :, :]).reshape(W, T, N)
+                shift = (shift.reshape(W, T // 16, 16, N) + of_mean[:, None, :, :]).reshape(W, T, N)
+            s = raw * ks[:, :, None] + shift
             if SOFT_CAP:
                 s = soft_cap * _tanh(s / soft_cap)
             s = tl.where((t[:, :, None] <= until[None, None, :]) & (t[:, :, None] >= not_before[None, None, :]), s, NOTHING)
 
-            m_new = tl.maximum(m, tl.max(s, 1))
-            fade = tl.exp2(m - m_new)
-            m = m_new
-            e = tl.exp2(s - m[:, None, :])
-            denominators = denominators * fade[:, None, :] + tl.sum(e.reshape(W, T // 8, 8, N), 1)
             vs, vz = tile.scale_and_zero(vp)
-            weight = round_to(e * vs[:, :, None], tl.bfloat16)
-            z = e * vz[:, :, None]
-            if not V8:
-                z -= tile.value_offset(VB) * weight.to(tl.float32)
-            zeros = zeros * fade[:, None, :] + tl.sum(z.reshape(W, T // 8, 8, N), 1)
-
+            m, fade, denominators, zeros, weight = _take(s, m, denominators, zeros, vs * tile.up(VB, PTX), vz)
             xv = tile.load_values((page + CODES_V).to(tl.pointer_type(tl.int16)), V_PIECES, V_JP, V_A, V_N, V_WIDE, W)
-            o0 = dot(tile.values(xv, 0, mask, VB, PTX), weight, o0 * fade[:, None, :])
-            o1 = dot(tile.values(xv, 1, mask, VB, PTX), weight, o1 * fade[:, None, :])
+            o0 = dot(tile.value_codes(xv, 0, mask, VB, PTX), weight, o0 * fade[:, None, :])
+            o1 = dot(tile.value_codes(xv, 1, mask, VB, PTX), weight, o1 * fade[:, None, :])
             if not V8:
-                o2 = dot(tile.values(xv, 2, mask, VB, PTX), weight, o2 * fade[:, None, :])
-                o3 = dot(tile.values(xv, 3, mask, VB, PTX), weight, o3 * fade[:, None, :])
+                o2 = dot(tile.value_codes(xv, 2, mask, VB, PTX), weight, o2 * fade[:, None, :])
+                o3 = dot(tile.value_codes(xv, 3, mask, VB, PTX), weight, o3 * fade[:, None, :])
+                weights = dot(tl.full((W, 16, T), 1.0, tl.bfloat16), weight, weights * fade[:, None, :])
+
+        o0, o1, o2, o3 = o0 * tile.down(0, VB, PTX), o1 * tile.down(1, VB, PTX), o2 * tile.down(2, VB, PTX), o3 * tile.down(3, VB, PTX)
 
         # the warps meet
+        zero = tl.sum(zeros, 1)
+        if not V8:
+            zero -= tile.code_offset(VB) / (16 * tile.up(VB, PTX)) * tl.sum(weights, 1)
         top, denominator, zero, a = _join_warps(
-            m.T, tl.sum(denominators, 1).T, tl.sum(zeros, 1).T, _together(o0, o1, o2, o3, V8).permute(1, 2, 3, 0), W
+            m.T, tl.sum(denominators, 1).T, zero.T, _together(o0, o1, o2, o3, V8).permute(1, 2, 3, 0), W
         )
         a += zero[None, :, None]
         a = a.permute(1, 0, 2).reshape(N, 4 * VU * NPV)
@@ -734,10 +752,13 @@ def launch_of(page: Page, n: int) -> Launch:
     is room, so that some multiprocessors would get more of them than others.
 
     Found by bench/attention.py on an H100. Programs of four warps rather than two add up fewer parts in the end, in less time: 1 x 32,768 tokens took
-    24.0 us with 528 programs and 21.4 with 264."""
+    24.0 us with 528 programs and 21.4 with 264. With small heads, instructions decide: a warp that takes 64 tokens of a page rather than 32 has a
+    fifth fewer, and loads a lot of parts at once without running out of registers.
+    """
     dim = max(page.head_dim, page.v_head_dim)
-    short = dim <= 64 and n == MIN_ROWS
-    launch = Launch((3 if short else 2) * 128 // page.page_size, 6, 168 if short else None)
+    if dim <= 64 and n == MIN_ROWS:
+        return Launch(4 * 128 // page.page_size, 6, tokens=64, round=8)
+    launch = Launch(2 * 128 // page.page_size, 6)
     # elsewhere many parts at once would take registers from the loop over pages
     light = page.k_bits == page.v_bits == 4 and dim <= 128 and n == MIN_ROWS
     return replace(launch, fan=32, round=max(1, page.page_size // 8), halve=True) if light else launch

@@ -10,6 +10,8 @@ scaled here: the kernels take the constant out of the finished sums.
     keys    float16   4 bits: 1024 + c, 64 + c, 1024 + c, 64 + c      (the second and fourth code stay where they are, four bits up)
                       5 bits: the same;   8 bits: 1024 + c, 1024 + c
     values  bfloat16  4 bits: 128 + c, four times;   8 bits: c - 128, twice (bfloat16 has no room for a constant)
+
+`value_codes` takes less: a code's bits and nothing else are a bfloat16 too, c * 2 ** -133, which the tensor core multiplies like any other.
 """
 
 from functools import cache
@@ -18,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qplugins.kernels.common.device import INTERPRET, from_bits
+from qplugins.kernels.common.device import INTERPRET, from_bits, round_to
 from qplugins.kernels.kv.page import Page, Words, _pow2
 from qplugins.kernels.kv.rotation import block
 
@@ -116,6 +118,12 @@ _VALUES4_0 = tl.constexpr("lop3.b32 $0, $1, $2, 0x43004300, 0xEA;")
 _VALUES4_1 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 4; lop3.b32 $0, t, $2, 0x43004300, 0xEA; }")
 _VALUES4_2 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; lop3.b32 $0, t, $2, 0x43004300, 0xEA; }")
 _VALUES4_3 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 12; lop3.b32 $0, t, $2, 0x43004300, 0xEA; }")
+
+# the lowest bit of a bfloat16 whose exponent is 0 or 1 is worth 2 ** -133: c, and c four bits up, though its first bit is the exponent's
+_CODES4_0 = tl.constexpr("and.b32 $0, $1, 0x000F000F;")
+_CODES4_1 = tl.constexpr("and.b32 $0, $1, 0x00F000F0;")
+_CODES4_2 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, 0x000F000F; }")
+_CODES4_3 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, 0x00F000F0; }")
 
 # 128 + the low seven bits, less 128 where the eighth is set and 256 where it is not; a * 1 + b, which sm_80 has too
 _VALUES8_0 = tl.constexpr("""{
@@ -223,6 +231,26 @@ def values4(x, piece: tl.constexpr, mask, PTX: tl.constexpr):
 
 
 @triton.jit
+def _codes(asm: tl.constexpr, x):
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def codes4(x, piece: tl.constexpr, PTX: tl.constexpr):
+    if PTX:
+        if piece == 0:
+            return _codes(_CODES4_0, x)
+        elif piece == 1:
+            return _codes(_CODES4_1, x)
+        elif piece == 2:
+            return _codes(_CODES4_2, x)
+        else:
+            return _codes(_CODES4_3, x)
+    else:
+        return round_to((x.to(tl.int32) >> (4 * piece) & 0xF).to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
 def values8(x, piece: tl.constexpr, mask, PTX: tl.constexpr):
     if PTX:
         return _bfloat16(_VALUES8_1 if piece else _VALUES8_0, x, mask)
@@ -288,6 +316,33 @@ def values(x, piece: tl.constexpr, mask, VB: tl.constexpr, PTX: tl.constexpr):
         return values8(x, piece, mask, PTX)
     else:
         return values4(x, piece, mask, PTX)
+
+
+@triton.jit
+def value_codes(x, piece: tl.constexpr, mask, VB: tl.constexpr, PTX: tl.constexpr):
+    """A piece of a page's values for a product, bfloat16 [W, 4U, T]: code - 2 ** (VB - 1) + `code_offset`, in units that `up` and `down` are for. The
+    tensor core takes such numbers as they are; other instructions may take them for 0."""
+    if VB == 8:
+        return values8(x, piece, mask, PTX)
+    else:
+        return codes4(x, piece, PTX)
+
+
+@triton.jit
+def code_offset(VB: tl.constexpr):
+    return 0.0 if VB == 8 else 8.0
+
+
+@triton.jit
+def up(VB: tl.constexpr, PTX: tl.constexpr):
+    """What a product's other operand is multiplied by, so that no sum that matters is below 2 ** -126."""
+    return 2.0**100 if PTX and VB != 8 else 1.0
+
+
+@triton.jit
+def down(piece: tl.constexpr, VB: tl.constexpr, PTX: tl.constexpr):
+    """What takes `up` and the unit of a piece's codes out of a sum."""
+    return (2.0**29 if piece % 2 else 2.0**33) if PTX and VB != 8 else 1.0
 
 
 # ---- launch
