@@ -3,10 +3,10 @@
     source bench/checkout.sh && python bench/engine_vllm.py [--out FILE] [--kv auto int4_sink ...] [--weights bf16 qplugins-nvfp4 ...]
 
 The model has the shape of Llama 3 8B in half of its layers (16) and random weights, so that nothing has to be downloaded; its text means
-nothing. One process for each configuration, otherwise vLLM as it runs by itself: torch.compile and CUDA graphs. Random prompts are sent once,
-which gives the prompts' time, then from the prefix cache for 1 + N output tokens. An output token's time is what the engine says of when a
-request got its first token and its last, over N: the median over the batch's requests, and of several repeats. A configuration that fails, or
-takes longer than --timeout, is a row that says why.
+nothing. One process for each configuration, otherwise vLLM as it runs by itself: torch.compile and CUDA graphs. Random prompts are sent for one
+token, several times other ones: the median is the prompts' time. The last of them are sent again, now from the prefix cache, for 1 + N output tokens.
+An output token's time is what the engine says of when a request got its first token and its last, over N: the median over the batch's requests, and
+of several repeats. A configuration that fails, or takes longer than --timeout, is a row that says why.
 
 --together starts all configurations at the same time, where they fit the GPU side by side, and measures one after the other while the rest are
 idle: starting takes longer than measuring. Each then gets as much memory for its KV cache as the largest shape takes. Several of these commands
@@ -39,7 +39,7 @@ KV = ("auto", "fp8", "int4_per_token_head", "int4_sink")
 WEIGHTS = ("bf16", "nvfp4", "nvfp4-humming", "qplugins-nvfp4")
 SHAPES = ((16, 8192), (8, 32768))
 OUTPUT_TOKENS = 96
-REPEATS = 3
+REPEATS = 5
 MARK, READY = "ROW ", "READY"
 
 LLAMA = {
@@ -150,12 +150,15 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
         if row["tokens"] and row["tokens"] < batch * (length + OUTPUT_TOKENS + 1):
             row[f"{name}_note"] = f"{batch * length:,} tokens do not fit"
             continue
-        prompts = [[rng.randrange(1000, 128000) for _ in range(length)] for _ in range(batch)]
-        row[f"{name}_prefill_s"] = round(generate(prompts, 1)[0], 3)
+        prefill = []
+        for _ in range(REPEATS):
+            prompts = [[rng.randrange(1000, 128000) for _ in range(length)] for _ in range(batch)]
+            prefill.append(generate(prompts, 1)[0])
         generate(prompts, 1 + OUTPUT_TOKENS)
-        times = [generate(prompts, 1 + OUTPUT_TOKENS)[1] for _ in range(REPEATS)]
-        row[f"{name}_token_ms"] = round(statistics.median(times), 3)
-        row[f"{name}_token_ms_all"] = [round(t, 3) for t in times]
+        token = [generate(prompts, 1 + OUTPUT_TOKENS)[1] for _ in range(REPEATS)]
+        for what, times in (("prefill_s", prefill), ("token_ms", token)):
+            row[f"{name}_{what}"] = round(statistics.median(times), 4)
+            row[f"{name}_{what}_all"] = [round(t, 4) for t in times]
     return row
 
 

@@ -335,14 +335,14 @@ def code_offset(VB: tl.constexpr):
 
 @triton.jit
 def up(VB: tl.constexpr, PTX: tl.constexpr):
-    """What a product's other operand is multiplied by, so that no sum that matters is below 2 ** -126."""
-    return 2.0**100 if PTX and VB != 8 else 1.0
+    """What a product's other operand is multiplied by, so that no sum that matters is below 2 ** -126, nor that operand's own above 2 ** 127."""
+    return 2.0**64 if PTX and VB != 8 else 1.0
 
 
 @triton.jit
 def down(piece: tl.constexpr, VB: tl.constexpr, PTX: tl.constexpr):
     """What takes `up` and the unit of a piece's codes out of a sum."""
-    return (2.0**29 if piece % 2 else 2.0**33) if PTX and VB != 8 else 1.0
+    return (2.0**65 if piece % 2 else 2.0**69) if PTX and VB != 8 else 1.0
 
 
 # ---- launch

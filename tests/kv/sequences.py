@@ -46,13 +46,14 @@ class Batch:
         return cls(page, lens, pages, table, order[:at])
 
     @classmethod
-    def filled(cls, page: Page, lens: list[int], heads: int) -> "Batch":
+    def filled(cls, page: Page, lens: list[int], heads: int, values: float = 1.0) -> "Batch":
+        """values: how large they are."""
         batch = cls.empty(page, lens, heads)
         for b, n in enumerate(lens):
             if n:
                 k, v = keys_and_values(n, heads, page)
                 ref.write(
-                    batch.pages, k, v, batch.slots(b, 0, n), torch.tensor([0, n]), torch.tensor([n]), batch.block_table[b : b + 1], page
+                    batch.pages, k, v * values, batch.slots(b, 0, n), torch.tensor([0, n]), torch.tensor([n]), batch.block_table[b : b + 1], page
                 )
         return batch
 

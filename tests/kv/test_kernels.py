@@ -101,6 +101,12 @@ def test_decode_of_any_tail(tokens, device):
     run_decode(Batch.filled(page_of("int4_sink", 64), [tokens], 1), [1], 4, device)
 
 
+@pytest.mark.parametrize("layout", ["int4_sink", "k8v4_sink", "int8_sink"])
+@pytest.mark.parametrize("values", [1e-4, 1e4])  # as far as float16 scales go
+def test_decode_of_values_of_any_size(layout, values, device):
+    run_decode(Batch.filled(page_of(layout, 64), [700, 3], 1, values), [1, 1], 4, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_decode_of_a_ragged_batch_with_padding(dtype, device):
     run_decode(Batch.filled(page_of("int4_sink", 64), [700, 1, 0, 130, 64], 2), [1, 1, 1, 1, 0], 4, device, dtype=dtype)
