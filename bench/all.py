@@ -45,12 +45,12 @@ STEPS = (
     Step(
         "engine_nvfp4",
         500,
-        "bench/engine_vllm.py --together --timeout 350 --weights qplugins-nvfp4 nvfp4-humming --kv int4_sink fp8 --out {out}/engine_vllm_nvfp4.json",
+        "bench/engine_vllm.py --together --timeout 350 --weights nvfp4-qplugins nvfp4-humming --kv int4_sink fp8 --out {out}/engine_vllm_nvfp4.json",
     ),
     Step(
         "engine_weights",
         450,
-        "bench/engine_vllm.py --together --timeout 350 --weights bf16 qplugins-nvfp4 nvfp4-humming --kv auto --shapes 1x512 16x512 64x512 1x8192"
+        "bench/engine_vllm.py --together --timeout 350 --weights bf16 nvfp4-qplugins nvfp4-humming --kv auto --shapes 1x512 16x512 64x512 1x8192"
         " --out {out}/engine_vllm_weights.json",
     ),
     Step("serving", 600, "bench/serving.py --together --out {out}/serving.json"),

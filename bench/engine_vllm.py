@@ -1,19 +1,20 @@
 """What KV dtypes and weight formats give vLLM: how many tokens fit, how long a prompt takes, how long an output token takes.
 
-    source bench/checkout.sh && python bench/engine_vllm.py [--out FILE] [--kv auto int4_sink ...] [--weights bf16 qplugins-nvfp4 ...]
+    source bench/checkout.sh && python bench/engine_vllm.py [--out FILE] [--kv auto int4_sink ...] [--weights bf16 nvfp4-qplugins ...]
 
 The model has the shape of Llama 3 8B in half of its layers (16) and random weights, so that nothing has to be downloaded; its text means
-nothing. One process for each configuration, otherwise vLLM as it runs by itself: torch.compile and CUDA graphs. Random prompts are sent for one
-token, several times other ones: the median is the prompts' time. The last of them are sent again, now from the prefix cache, for 1 + N output tokens.
-An output token's time is what the engine says of when a request got its first token and its last, over N: the median over the batch's requests, and
-of several repeats. A configuration that fails, or takes longer than --timeout, is a row that says why.
+nothing. NVFP4 weights are a checkpoint of random codes that all kernels read: a GPU that multiplies zeros needs less power, and is the faster for
+it. One process for each configuration, otherwise vLLM as it runs by itself: torch.compile and CUDA graphs. Random prompts are sent for one token,
+several times other ones: the median is the prompts' time. The last of them are sent again, now from the prefix cache, for 1 + N output tokens. An
+output token's time is what the engine says of when a request got its first token and its last, over N: the median over the batch's requests, and of
+several repeats. A configuration that fails, or takes longer than --timeout, is a row that says why.
 
 --together starts all configurations at the same time, where they fit the GPU side by side, and measures one after the other while the rest are
 idle: starting takes longer than measuring. Each then gets as much memory for its KV cache as the largest shape takes. Several of these commands
 start side by side too: with --after FILE each says when it is ready, and measures once FILE is there.
 
-weights: bf16; nvfp4, vLLM's own choice of a kernel for a weight-only NVFP4 checkpoint; nvfp4-humming, the kernel by that name; or a
---quantization of ours that quantizes while loading, such as qplugins-nvfp4. lm_head has 16 bits in all of them.
+weights: bf16; nvfp4, vLLM's own choice of a kernel for a weight-only NVFP4 checkpoint; nvfp4-humming, the kernel by that name; nvfp4-qplugins, ours;
+or a --quantization of ours that quantizes while loading, such as qplugins-int4_g128. lm_head has 16 bits in all of them.
 """
 
 import argparse
@@ -36,7 +37,7 @@ sys.path.append(str(ROOT))
 from bench.common import versions  # noqa: E402
 
 KV = ("auto", "fp8", "int4_per_token_head", "int4_sink")
-WEIGHTS = ("bf16", "nvfp4", "nvfp4-humming", "qplugins-nvfp4")
+WEIGHTS = ("bf16", "nvfp4", "nvfp4-humming", "nvfp4-qplugins")
 SHAPES = ((16, 8192), (8, 32768))
 OUTPUT_TOKENS = 96
 REPEATS = 5
@@ -78,13 +79,61 @@ NVFP4 = {
 }
 
 
-def model(folder: Path, weights: str) -> tuple[str, dict]:
-    """A folder with the config alone, and vLLM's arguments for those weights."""
-    config = LLAMA | ({"quantization_config": NVFP4} if weights.startswith("nvfp4") else {})
-    (folder / "config.json").write_text(json.dumps(config))
-    if weights.startswith("qplugins-"):
-        return str(folder), {"quantization": weights}
-    return str(folder), {"kernel_config": {"linear_backend": "humming"}} if weights == "nvfp4-humming" else {}
+def write_nvfp4(folder: Path) -> None:
+    """A checkpoint: linear layers of random codes, whose values have the spread of a model's weights, and everything else random in 16 bits."""
+    import torch
+    from safetensors.torch import save_file
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, middle, size = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["head_dim"]
+    q, kv, vocabulary = LLAMA["num_attention_heads"] * size, LLAMA["num_key_value_heads"] * size, LLAMA["vocab_size"]
+    matrices = {
+        "self_attn": {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)},
+        "mlp": {"gate_proj": (middle, hidden), "up_proj": (middle, hidden), "down_proj": (hidden, middle)},
+    }
+
+    def plain(*shape: int) -> torch.Tensor:
+        return (0.02 * torch.randn(*shape, device=device)).to(torch.bfloat16).cpu()
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": NVFP4}))
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
+    files = {
+        "rest": {
+            "model.embed_tokens.weight": plain(vocabulary, hidden),
+            "lm_head.weight": plain(vocabulary, hidden),
+            "model.norm.weight": ones,
+        }
+    }
+    for i in range(LLAMA["num_hidden_layers"]):
+        tensors = files[f"layer-{i}"] = {}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{i}.{norm}.weight"] = ones.clone()
+        for part, of in matrices.items():
+            for name, (n, k) in of.items():
+                at = f"model.layers.{i}.{part}.{name}"
+                tensors[f"{at}.weight_packed"] = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=device).cpu()
+                scale = 100 + 300 * torch.rand(n, k // 16, device=device)
+                tensors[f"{at}.weight_scale"] = scale.to(torch.float8_e4m3fn).cpu()
+                tensors[f"{at}.weight_global_scale"] = torch.tensor(
+                    [40000.0]
+                )  # codes have a mean square of 3.2 ** 2, so that weights have 0.02 ** 2
+    index = {name: f"{file}.safetensors" for file, tensors in files.items() for name in tensors}
+    for file, tensors in files.items():
+        save_file(tensors, folder / f"{file}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def arguments_of(weights: str, folder: Path) -> dict:
+    """vLLM's. folder: what `write_nvfp4` made, where weights are such."""
+    if weights.startswith("nvfp4"):
+        _, _, by = weights.partition("-")
+        how = {"qplugins": {"quantization": "qplugins"}, "humming": {"kernel_config": {"linear_backend": "humming"}}, "": {}}[by]
+        return {"model": str(folder), "load_format": "auto"} | how
+    plain = folder.with_name("plain")
+    plain.mkdir(exist_ok=True)
+    (plain / "config.json").write_text(json.dumps(LLAMA))
+    return {"model": str(plain), "load_format": "dummy"} | ({} if weights == "bf16" else {"quantization": weights})
 
 
 def kv_bytes(kv_cache_dtype: str, shapes: list[tuple[int, int]]) -> int:
@@ -100,26 +149,24 @@ def kv_bytes(kv_cache_dtype: str, shapes: list[tuple[int, int]]) -> int:
     return int(token * max(batch * (length + 2 * OUTPUT_TOKENS + 256) for batch, length in shapes))
 
 
-def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool) -> dict:
+def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool, folder: Path) -> dict:
     """A row of one configuration, measured in this process. together: once it is told to, by a line on its standard input."""
     import torch
     from vllm import LLM, SamplingParams, __version__
 
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        path, arguments = model(Path(folder), weights)
-        sizes = sorted({1, *(batch for batch, _ in shapes)})
-        options = {
-            "max_model_len": max(n for _, n in shapes) + 2 * OUTPUT_TOKENS,
-            "max_num_seqs": max(sizes),
-            "max_num_batched_tokens": 8192,
-            "gpu_memory_utilization": 0.85,
-            "compilation_config": {"cudagraph_capture_sizes": sizes},
-            "disable_log_stats": False,  # when a request got which token
-        }
-        if together:
-            options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": kv_bytes(kv_cache_dtype, shapes)}
-        llm = LLM(path, kv_cache_dtype=kv_cache_dtype, load_format="dummy", skip_tokenizer_init=True, **options | arguments | more)
+    sizes = sorted({1, *(batch for batch, _ in shapes)})
+    options = {
+        "max_model_len": max(n for _, n in shapes) + 2 * OUTPUT_TOKENS,
+        "max_num_seqs": max(sizes),
+        "max_num_batched_tokens": 8192,
+        "gpu_memory_utilization": 0.85,
+        "compilation_config": {"cudagraph_capture_sizes": sizes},
+        "disable_log_stats": False,  # when a request got which token
+    }
+    if together:
+        options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": kv_bytes(kv_cache_dtype, shapes)}
+    llm = LLM(kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True, **options | arguments_of(weights, folder) | more)
     row = {
         "kv": kv_cache_dtype,
         "weights": weights,
@@ -165,9 +212,9 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
 class Process:
     """One configuration, measured in a process of its own. Used as a context: it is gone afterwards."""
 
-    def __init__(self, kv: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool) -> None:
+    def __init__(self, kv: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool, folder: Path) -> None:
         self.about, self.log = {"kv": kv, "weights": weights}, tempfile.NamedTemporaryFile("w+")
-        command = [sys.executable, __file__, "--one", json.dumps([kv, weights, shapes, more, together])]
+        command = [sys.executable, __file__, "--one", json.dumps([kv, weights, shapes, more, together, str(folder)])]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
@@ -204,15 +251,21 @@ class Process:
 
 
 def rows_of(
-    configurations: list[tuple[str, str]], shapes: list[tuple[int, int]], more: dict, timeout: float, together: bool, after: Path | None
+    configurations: list[tuple[str, str]],
+    shapes: list[tuple[int, int]],
+    more: dict,
+    timeout: float,
+    together: bool,
+    after: Path | None,
+    folder: Path,
 ) -> Iterator[dict]:
     if not together:
         for kv, weights in configurations:
-            with Process(kv, weights, shapes, more, together) as process:
+            with Process(kv, weights, shapes, more, together, folder) as process:
                 yield process.row(timeout)
         return
     with ExitStack() as stack:
-        processes = [stack.enter_context(Process(kv, weights, shapes, more, together)) for kv, weights in configurations]
+        processes = [stack.enter_context(Process(kv, weights, shapes, more, together, folder)) for kv, weights in configurations]
         deadline = time.monotonic() + timeout
         while not all(p.started() for p in processes) and time.monotonic() < deadline:
             time.sleep(1)
@@ -240,21 +293,27 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        kv, weights, shapes, more, together = json.loads(args.one)
-        print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more, together)), flush=True)
+        kv, weights, shapes, more, together, folder = json.loads(args.one)
+        print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more, together, Path(folder))), flush=True)
         return
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes]
     configurations = [(kv, weights) for weights in args.weights for kv in args.kv]
     if args.pairs:
         configurations = [tuple(pair.split(":")) for pair in args.pairs]
     rows = []
-    for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together, args.after):
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        # after each, so that what was measured is there when a later one takes the machine down
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"device": next((r["device"] for r in rows if "device" in r), None)} | versions("vllm") | {"output_tokens": OUTPUT_TOKENS}
-        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "nvfp4"
+        if any(weights.startswith("nvfp4") for _, weights in configurations):
+            write_nvfp4(folder)
+        for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together, args.after, folder):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            # after each, so that what was measured is there when a later one takes the machine down
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            about = (
+                {"device": next((r["device"] for r in rows if "device" in r), None)} | versions("vllm") | {"output_tokens": OUTPUT_TOKENS}
+            )
+            args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

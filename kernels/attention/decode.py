@@ -757,7 +757,7 @@ def launch_of(page: Page, n: int) -> Launch:
     """
     dim = max(page.head_dim, page.v_head_dim)
     if dim <= 64 and n == MIN_ROWS:
-        return Launch(4 * 128 // page.page_size, 6, tokens=64, round=8)
+        return Launch(4 * 128 // page.page_size, 4, tokens=64, round=8)
     launch = Launch(2 * 128 // page.page_size, 6)
     # elsewhere many parts at once would take registers from the loop over pages
     light = page.k_bits == page.v_bits == 4 and dim <= 128 and n == MIN_ROWS
