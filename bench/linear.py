@@ -97,10 +97,13 @@ def run(formats: list[str], models: list[str], rows: list[int], only: list[str] 
     return found
 
 
-def time_shape(suite: str, name: str, n: int, k: int, rows: list[int], impls: dict, rep_ms: float, rate: float) -> list[Row]:
+def time_shape(
+    suite: str, name: str, n: int, k: int, rows: list[int], impls: dict, rep_ms: float, rate: float, tolerance: float | None = None
+) -> list[Row]:
     """Every implementation of `impls` on a matrix: checked against float32 first, then timed.
 
-    rate  bytes a second, for the floors
+    rate       bytes a second, for the floors
+    tolerance  of |y|; None: by what x is rounded to, going by the name
     """
     found: list[Row] = []
     q = workload.random_matrix(name, n, k)
@@ -124,7 +127,7 @@ def time_shape(suite: str, name: str, n: int, k: int, rows: list[int], impls: di
             try:
                 calls = calls_of(x)
                 row.error = rel_rms(calls[0]()[:256], want[m])
-                if not row.error < (E4M3_TOLERANCE if "w8a8" in impl or "scaled_mm" in impl else TOLERANCE):
+                if not row.error < (tolerance or (E4M3_TOLERANCE if "w8a8" in impl or "scaled_mm" in impl else TOLERANCE)):
                     raise ArithmeticError(f"is off by {row.error:.2g} of the result")
                 row.us = time_us(calls, rep_ms)
             except Exception as e:

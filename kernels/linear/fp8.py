@@ -1,10 +1,11 @@
 """FP8 products: x rounded to e4m3, one scale a row of x or a stored one for all of it, times an e4m3 W, through torch._scaled_mm (cuBLASLt), or
-for few rows through fp8_few.py.
+on Hopper through fp8_few.py for few rows, and fp8_wide.py for more.
 
 s[m] = max_k |x[m, k]| / 448      q[m, k] = e4m3(x[m, k] / s[m])      y[m, n] = s[m] * scale[n] * sum_k q[m, k] W[n, k] + bias[n]
 """
 
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 import triton
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from qplugins.kernels.common.device import after_previous, dependent_launch
 from qplugins.kernels.decode.e4m3 import MAX
-from qplugins.kernels.linear import fp8_few
+from qplugins.kernels.linear import fp8_few, fp8_wide
 from qplugins.kernels.linear.layout import named
 from qplugins.kernels.linear.spec import Spec
 
 TINY = 1e-12  # of a row of zeros
 BLOCK = 32768  # columns of a row that a program holds at once
 VALUES = 32  # of them a thread's, at least
+# zeroed for a product whose programs share K: fp8_few.py has one a block of y, of which there are fewer than multiprocessors then, fp8_wide.py three
+# a multiprocessor at most
+LOCKS = 512
 
 
 @triton.jit
@@ -75,14 +79,20 @@ def quantize_ref(x: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tenso
     return (x / s).clamp(-MAX, MAX).to(torch.float8_e4m3fn), s
 
 
+def _ours(m: int, spec: Spec, out: Tensor) -> ModuleType | None:
+    """Which of our kernels multiplies m rows; None where torch._scaled_mm does."""
+    if fp8_few.suits(m, spec):
+        return fp8_few
+    return fp8_wide if fp8_wide.suits(m, spec) and fp8_wide.refuses(spec, out) is None else None
+
+
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias, x and out bfloat16, M > 0."""
     t = named("scaled_mm", spec, tensors)
-    m = x.shape[0]
-    if fp8_few.suits(m, spec, x.device):
-        locks = torch.empty(fp8_few.LOCKS, dtype=torch.int32, device=x.device) if fp8_few.shares(m, spec, x.device)[0] > 1 else None
+    if ours := _ours(x.shape[0], spec, out):
+        locks = torch.empty(LOCKS, dtype=torch.int32, device=x.device)
         q, scale = quantize(x, t.get("input_scale"), locks)
-        fp8_few.linear(q, scale, t["weight"], t["scale"], spec, locks, out, bias)
+        ours.linear(q, scale, t["weight"], t["scale"], spec, locks, out, bias)
         return
     q, scale = quantize(x, t.get("input_scale"))
     if t["scale"].numel() == 1:
@@ -102,18 +112,16 @@ def warm(spec: Spec, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> N
     """Runs on zeros whatever `linear` of such a layer compiles, if no layer before had it."""
     t = named("scaled_mm", spec, tensors)
     device = t["weight"].device
-    # (rows of x in a block, whether programs share K) -> rows of x
-    few = {
-        (fp8_few.block_m(m), fp8_few.shares(m, spec, device)[0] > 1): m
-        for m in (*fp8_few.STAGES, 128, fp8_few.MOST)
-        if fp8_few.suits(m, spec, device)
-    }
+    few = fp8_few.variants(spec, device)
+    refused = fp8_wide.refuses(spec, torch.empty(1, spec.n, dtype=dtype, device=device))
+    wide = {} if refused else fp8_wide.variants(spec, device)
     # what kernels are compiled for: the format, a row's length, and which sizes are 1 or multiples of 16
-    key = (device, dtype, bias, *few, replace(spec, n=0), spec.n % 16 == 0, t["scale"].numel() == 1)
+    key = (device, dtype, bias, *few, *wide, replace(spec, n=0), spec.n % 16 == 0, t["scale"].numel() == 1)
     if key in _done:
         return
     _done.add(key)
-    x, y = (torch.zeros(fp8_few.MOST, n, dtype=dtype, device=device) for n in (spec.k, spec.n))
-    quantize(x, t.get("input_scale"))
-    for m in few.values():
+    rows = [*few.values(), *wide.values()]
+    x, y = (torch.zeros(max([1, *rows]), n, dtype=dtype, device=device) for n in (spec.k, spec.n))
+    quantize(x[:1], t.get("input_scale"))  # for torch._scaled_mm, which has no locks
+    for m in rows:
         linear(x[:m], spec, tensors, y[:m], torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)

@@ -286,9 +286,8 @@ def _loader(
 
 
 @gluon.jit
-def _join_parts(acc, work, locks, block, sizes, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
+def _join_parts(acc, work, locks, block, steps, alone, share, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
     """(sum of a shared block, whether all parts were there). Leaves a part's sum; the last program to do so adds up those of the block."""
-    blocks_m, blocks_n, tiles_n, tiles_k, rows, steps, alone, share, stripe_m = sizes
     block -= alone
     # rows (.., g 8), columns (.., j 2, t 4, p 2)
     lines = acc.reshape(BLOCK_N // 8, 8, BLOCK_M // 16, 2, 4, 2).permute(0, 2, 1, 4, 3, 5).reshape(BLOCK_N * BLOCK_M // 128, 128)
@@ -390,7 +389,7 @@ def _consumers(
         whole = count == steps
         if SHARED_K:
             if (count > 0) & (count < steps):
-                acc, whole = _join_parts(acc, work, locks, block, sizes, BLOCK_N, BLOCK_M)
+                acc, whole = _join_parts(acc, work, locks, block, steps, alone, share, BLOCK_N, BLOCK_M)
             if whole:
                 _store(acc, factor, offset, y, y_buf, block_m, block_n, OUT, BIAS, BLOCK_N, BLOCK_M)
         else:
@@ -543,22 +542,33 @@ def share_out(blocks: int, steps: int, programs: int) -> tuple[int, int]:
     return blocks - left, whole if whole <= even + PART else even
 
 
+def busiest(tile: WideTile, blocks: int, steps: int, sms: int, block: float, sums: float) -> tuple[float, float]:
+    """(steps, cycles besides) of the multiprocessor that has most to do of so many blocks of y; infinite where there are none to share.
+
+    block, sums  cycles of a block or a part of one besides its steps, and bytes of sums in a cycle
+    """
+    if not tile.shared:
+        rounds = triton.cdiv(blocks, sms)
+        return rounds * steps, rounds * block
+    alone, share = share_out(blocks, steps, sms)
+    if blocks == alone:
+        return inf, inf
+    # a program leaves the sums of its parts, and the last one of a block adds up those of all parts
+    parts = 1 if steps % share == 0 else 2
+    moved = (parts + steps / share + parts - 1) * 4 * tile.block_m * tile.block_n
+    return alone // sms * steps + share, (alone // sms + parts) * block + moved / sums
+
+
 def cycles(tile: WideTile, step: float, m: int, n: int, k: int, sms: int, block: float = BLOCK, sums: float = SUM) -> float:
     """What the busiest multiprocessor takes for m rows of x and W[n, k]; infinite where the tile cannot be used.
 
     step, block, sums  as TILES, BLOCK and SUM have them
     """
     blocks, steps = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), triton.cdiv(k, 64)
-    own = steps * step + block
-    if not tile.shared:
-        return triton.cdiv(blocks, sms) * own
-    alone, share = share_out(blocks, steps, sms)
-    if blocks == alone or blocks - alone > LOCKS * triton.cdiv(n, 64):
+    if tile.shared and blocks - share_out(blocks, steps, sms)[0] > LOCKS * triton.cdiv(n, 64):
         return inf
-    # a program leaves the sums of its parts, and the last one of a block adds up those of all parts
-    parts = 1 if steps % share == 0 else 2
-    moved = (parts + steps / share + parts - 1) * 4 * tile.block_m * tile.block_n
-    return alone // sms * own + share * step + parts * block + moved / sums
+    own, besides = busiest(tile, blocks, steps, sms, block, sums)
+    return own * step + besides
 
 
 def usable(tile: WideTile, m: int) -> bool:

@@ -128,7 +128,7 @@ def fp8_quantize(target: str, spec, dtype: str, tile) -> dict:
     from qplugins.kernels.linear.fp8 import BLOCK, VALUES, quantize_kernel
 
     args = {"x": f"*{dtype}", "stored": "*fp32", "q": "*fp8e4nv", "scale": "*fp32", "locks": "*i32", "K": "i32", "stride_x": "i32"}
-    fixed = {"STATIC": False, "ONCE": True, "BLOCK_K": BLOCK, "LOCKS": 128, "PDL": target == "sm_90"}
+    fixed = {"STATIC": False, "ONCE": True, "BLOCK_K": BLOCK, "LOCKS": 512, "PDL": target == "sm_90"}
     return _found(target, compile_for(target, quantize_kernel, args, fixed, BLOCK // (32 * VALUES), 3))
 
 
@@ -143,32 +143,22 @@ def dense(target: str, spec, dtype: str, tile) -> dict:
     return _found(target, compile_for(target, decode_kernel, args, fixed, tile.warps, 1))
 
 
-def wide(target: str, spec, dtype: str, tile) -> dict:
-    """The product for many rows. Written in Gluon, for Hopper alone; with what its machine code does while products are under way."""
-    import torch
+def _gluon(target: str, kernel, args: dict, fixed: dict) -> dict:
+    """A kernel written in Gluon, compiled; with what its machine code does while products are under way. args: as `compile_for` has them."""
     import triton
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from qplugins.kernels.linear import wide
-    from qplugins.kernels.linear.layout import scale_word_bits
-
     sys.path.append(str(Path(__file__).parent))
     import sass
 
-    fixed = wide.constants(spec, torch.bfloat16 if dtype == "bf16" else torch.float16, tile) | {"BIAS": True}
+    fixed = fixed | {"BIAS": True}
     options = {name: fixed.pop(name) for name in ("num_warps", "maxnreg")}
-    names = wide.wide_kernel.arg_names
-    args = {name: "i32" for name in names if name not in fixed} | dict.fromkeys(("row", "scale", "zero", "work"), "*fp32")
-    args |= {"bias": f"*{dtype}", "locks": "*i32"}
-    if spec.zero_point:
-        args["zero"] = f"*i{scale_word_bits(spec, zero=True)}"
-    for name, (block, layout) in wide.blocks_of(spec, tile).items():
-        of = dtype if name in ("x", "y") else f"i{layout.element_bitwidth}"
-        args[name] = f"tensordesc<{of}{block},{layout!r}>"
+    names = kernel.arg_names
+    args = dict.fromkeys((name for name in names if name not in fixed), "i32") | args
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if args.get(name, "").startswith("*")}
-    source = GluonASTSource(wide.wide_kernel, {name: args.get(name, "constexpr") for name in names}, fixed, attrs)
+    source = GluonASTSource(kernel, {name: args.get(name, "constexpr") for name in names}, fixed, attrs)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     found = resources(compiled)
     tool = Path(nvidia.__file__).parent / "bin" / "nvdisasm"
@@ -180,6 +170,33 @@ def wide(target: str, spec, dtype: str, tile) -> dict:
     return found
 
 
+def wide(target: str, spec, dtype: str, tile) -> dict:
+    """The product for many rows, compiled for Hopper."""
+    import torch
+
+    from qplugins.kernels.linear import wide
+    from qplugins.kernels.linear.layout import scale_word_bits
+
+    args = dict.fromkeys(("row", "scale", "zero", "work"), "*fp32") | {"bias": f"*{dtype}", "locks": "*i32"}
+    if spec.zero_point:
+        args["zero"] = f"*i{scale_word_bits(spec, zero=True)}"
+    for name, (block, layout) in wide.blocks_of(spec, tile).items():
+        of = dtype if name in ("x", "y") else f"i{layout.element_bitwidth}"
+        args[name] = f"tensordesc<{of}{block},{layout!r}>"
+    fixed = wide.constants(spec, torch.bfloat16 if dtype == "bf16" else torch.float16, tile)
+    return _gluon(target, wide.wide_kernel, args, fixed)
+
+
+def fp8_wide(target: str, spec, dtype: str, tile) -> dict:
+    """The FP8 product of more rows, compiled for Hopper."""
+    from qplugins.kernels.linear import fp8_wide
+
+    args = dict.fromkeys(("scale", "row", "work"), "*fp32") | {"bias": f"*{dtype}", "locks": "*i32"}
+    for name, (block, layout) in fp8_wide.blocks_of(tile).items():
+        args[name] = f"tensordesc<{dtype if name == 'y' else 'fp8e4nv'}{block},{layout!r}>"
+    return _gluon(target, fp8_wide.fp8_wide_kernel, args, fp8_wide.constants(tile))
+
+
 KERNELS = {
     "linear": linear,
     "dense": dense,
@@ -187,6 +204,7 @@ KERNELS = {
     "experts_order": experts_order,
     "fp8_few": fp8_few,
     "fp8_quantize": fp8_quantize,
+    "fp8_wide": fp8_wide,
     "wide": wide,
 }
 
@@ -200,7 +218,7 @@ def main() -> None:
         case = json.loads(line)
         spec = parse(f"triton {case['spec']}").shards[0].spec
         try:
-            tile = (WideTile if case["kernel"] == "wide" else Tile)(**case["tile"])
+            tile = (WideTile if case["kernel"] in ("wide", "fp8_wide") else Tile)(**case["tile"])
             found = KERNELS[case["kernel"]](case["target"], spec, case["dtype"], tile)
         except Exception as e:
             found = {"error": f"{type(e).__name__}: {e}"}

@@ -7,6 +7,7 @@ says that it is done. Compilers have got that wrong (`wait_for_dot` in kernels/c
 import re
 from dataclasses import dataclass
 
+PRODUCTS = ("HGMMA", "QGMMA")  # of 16- and of 8-bit floats
 _LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\d+\s+)?([A-Za-z0-9_.]+)\s*([^;]*);")
 
 
@@ -38,7 +39,7 @@ def product_loops(code: list[Instruction], labels: dict[str, int]) -> list[range
     for i, one in enumerate(code):
         if one.opcode.startswith("BRA") and one.conditional and (m := re.search(r"\.L_x_\d+", " ".join(one.operands))):
             loop = range(labels[m[0]], i + 1)
-            if any(code[j].opcode.startswith("HGMMA") for j in loop):
+            if any(code[j].opcode.startswith(PRODUCTS) for j in loop):
                 found.append(loop)
     return [a for a in found if not any(a != b and a.start <= b.start and b.stop <= a.stop for b in found)]
 
@@ -65,7 +66,7 @@ def conflicts(code: list[Instruction], loop: range) -> tuple[list[str], int]:
         one = code[i]
         if i >= loop.stop and not under_way:
             break
-        if one.opcode.startswith("HGMMA"):
+        if one.opcode.startswith(PRODUCTS):
             columns = int(re.search(r"\.64x(\d+)x", one.opcode)[1])
             a, acc = a | _registers(one.operands[1], 4), acc | _registers(one.operands[0], columns // 2)
             if "gsb0" in one.operands:
@@ -90,7 +91,7 @@ def report(text: str) -> dict:
     checked = [conflicts(code, loop) for loop in loops]
     return {
         "loops": len(loops),
-        "products": sum(code[i].opcode.startswith("HGMMA") for loop in loops for i in loop),
+        "products": sum(code[i].opcode.startswith(PRODUCTS) for loop in loops for i in loop),
         "instructions": sum(map(len, loops)),
         "waits": [int(code[i].operands[1], 16) for loop in loops for i in loop if code[i].opcode.startswith("WARPGROUP.DEPBAR")],
         "groups_under_way": max((most for _, most in checked), default=0),

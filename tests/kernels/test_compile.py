@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qplugins.kernels.linear import fp8_few
+from qplugins.kernels.linear import fp8_few, fp8_wide
 from qplugins.kernels.linear.dense import TILE as DENSE
 from qplugins.kernels.linear.tiles import Tile
 from qplugins.kernels.linear.wide import TILES, WideTile
@@ -28,6 +28,7 @@ PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDE = [tile for tile, _ in TILES]
+FP8_WIDE = [replace(tile, shared=shared) for tile, _ in fp8_wide.TILES for shared in (False, True)]
 CASES = (
     [("linear", target, s, "bf16", SKINNY) for target in TARGETS for s in SPECS]
     + [("linear", "sm_90", s, "bf16", SQUARE) for s in SPECS]
@@ -41,6 +42,7 @@ CASES = (
     + [("dense", "sm_90", s, "bf16", DENSE) for s in SPECS[1:]]
     + [("experts_order", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
     + [("fp8_few", "sm_90", E4M3, "bf16", replace(SKINNY, block_m=rows)) for rows in fp8_few.STAGES]
+    + [("fp8_wide", "sm_90", E4M3, "bf16", tile) for tile in FP8_WIDE]
     + [("fp8_quantize", target, E4M3, "bf16", SKINNY) for target in ("sm_90", "sm_100", "gfx942")]
     + [("wide", "sm_90", s, "bf16", tile) for s in SPECS for tile in (WIDE if s in (SPECS[0], SPECS[2]) else WIDE[:1])]
     + [("wide", "sm_90", SPECS[0], "fp16", WIDE[0])]
@@ -94,6 +96,14 @@ def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, s
 def test_two_programs_of_the_fp8_product_of_few_rows_fit_on_a_multiprocessor(rows, compiled):
     found = compiled["fp8_few", "sm_90", E4M3, "bf16", str(asdict(replace(SKINNY, block_m=rows)))]
     assert found["wgmma"] == 4 and 2 * (found["shared"] + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize("tile", FP8_WIDE, ids=str)
+def test_the_wide_fp8_product_waits_once_a_buffer_and_fills_a_multiprocessor(tile: WideTile, compiled):
+    found, parts = compiled["fp8_wide", "sm_90", E4M3, "bf16", str(asdict(tile))], tile.block_n // 64
+    assert found["wgmma"] == 4 * parts and fp8_wide.SHARED_MEMORY >= found["shared"] > 114 * 1024
+    if "waits" in found:
+        assert found["loops"] == parts and found["products"] == 4 * parts and found["waits"] == [0] * parts and not found["conflicts"]
 
 
 @pytest.mark.parametrize(("spec", "dtype", "tile"), [(s, dtype, tile) for kernel, _, s, dtype, tile in CASES if kernel == "wide"], ids=str)

@@ -7,7 +7,7 @@ import torch
 from samples import quantized, spec
 
 from qplugins.kernels import linear as ops
-from qplugins.kernels.linear import dense, fp8, fp8_few, kernel, variants, wide
+from qplugins.kernels.linear import dense, fp8, fp8_few, fp8_wide, kernel, variants, wide
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.tiles import choose
@@ -70,10 +70,11 @@ def test_no_call_of_an_fp8_layer_compiles_afterwards(shape, device):
     variants.warm(plan, tensors, torch.bfloat16, False)
 
     def compiled() -> list[int]:
-        return [len(k.device_caches[torch.cuda.current_device()][0]) for k in (fp8.quantize_kernel, fp8_few.few_kernel)]
+        kernels = fp8.quantize_kernel, fp8_few.few_kernel, fp8_wide.fp8_wide_kernel
+        return [len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels]
 
     before = compiled()
     assert before[0] > 0
-    for m in (*range(1, 140), 500, 4096):
+    for m in (*range(1, 140), *range(150, 600, 50), 4096):
         ops.linear(torch.randn(m, shape[1], dtype=torch.bfloat16, device=device), tensors, plan)
     assert compiled() == before
