@@ -39,13 +39,17 @@ from qplugins.kernels.linear.product import block_at
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import multiprocessors
 from qplugins.kernels.linear.wide import (
+    ROWS,
     SHARED_MEMORY,
     SWIZZLED,
     WideTile,
     _advance,
     _join_parts,
     _store,
+    boxes_there,
     busiest,
+    expect_rows,
+    load_rows,
     piece_of_work,
     share_out,
     tma_load,
@@ -62,10 +66,10 @@ def acc_layout(columns, warps):
 @gluon.jit
 def _loader(sources, sizes, buffers, PARTS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SHARED_K: gl.constexpr):
     """Fills the ring for all of a program's blocks."""
-    q, weight = sources
+    q, part_of_q, M, weight = sources
     blocks_m, blocks_n, steps, alone, share, stripe_m = sizes
     q_buf, w_buf, full, empty = buffers
-    NBYTES: gl.constexpr = q.block_type.nbytes + PARTS * weight.block_type.nbytes
+    NBYTES: gl.constexpr = PARTS * weight.block_type.nbytes
     program = gl.program_id(0)
     programs = gl.num_programs(0)
 
@@ -73,8 +77,9 @@ def _loader(sources, sizes, buffers, PARTS: gl.constexpr, BLOCK_M: gl.constexpr,
     block, first, count = piece_of_work(0, program, programs, blocks_m * blocks_n, steps, alone, share)
     block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
     ahead = gl.minimum(count, STAGES)
+    there = boxes_there(part_of_q, block_m * BLOCK_M, M, BLOCK_M)
     for i in range(ahead):
-        mbarrier.expect(full.index(i), NBYTES)
+        expect_rows(q, part_of_q, full.index(i), there, BLOCK_M, NBYTES)
         for part in gl.static_range(PARTS):
             tma_load(weight, [(block_n * PARTS + part) * 64, (first + i) * 128], full.index(i), w_buf.index(i * PARTS + part))
     after_previous(True)
@@ -84,14 +89,15 @@ def _loader(sources, sizes, buffers, PARTS: gl.constexpr, BLOCK_M: gl.constexpr,
     for piece in range(gl.cdiv(alone - program, programs) + 2 * SHARED_K):
         block, first, count = piece_of_work(piece, program, programs, blocks_m * blocks_n, steps, alone, share)
         block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+        there = boxes_there(part_of_q, block_m * BLOCK_M, M, BLOCK_M)
         for step in range(first, first + count):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, NBYTES, pred=ahead <= 0)
+            expect_rows(q, part_of_q, bar, there, BLOCK_M, NBYTES, ahead <= 0)
             for part in gl.static_range(PARTS):
                 at = [(block_n * PARTS + part) * 64, step * 128]
                 tma_load(weight, at, bar, w_buf.index(stage * PARTS + part), pred=ahead <= 0)
-            tma_load(q, [block_m * BLOCK_M, step * 128], bar, q_buf.index(stage))
+            load_rows(q, part_of_q, block_m * BLOCK_M, step * 128, bar, q_buf.index(stage), there, BLOCK_M)
             ahead -= 1
             stage, phase = _advance(stage, phase, STAGES)
 
@@ -153,14 +159,14 @@ def _consumers(
 
 @gluon.jit(do_not_specialize=["M", "N", "stride_row", "steps", "alone", "share", "stripe_m"])
 def fp8_wide_kernel(
-    q, scale, weight, row, bias, y, work, locks, M, N, stride_row, steps, alone, share, stripe_m,
+    q, part_of_q, scale, weight, row, bias, y, work, locks, M, N, stride_row, steps, alone, share, stripe_m,
     BIAS: gl.constexpr, PARTS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SHARED_K: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """y[m, n] = scale[m] row[n] sum_k q[m, k] weight[n, k] + bias[n]. Programs have blocks of BLOCK_M rows and 64 * PARTS columns of y, and share
     those past `alone`, as in wide_kernel.
 
     TMA descriptors, with the blocks that are read or written at a time:
-    q  e4m3 [M, K], [BLOCK_M, 128]        weight  e4m3 [N, K], [64, 128]        y  [M, N], [BLOCK_M, 64]
+    q, part_of_q  e4m3 [M, K], both q, [BLOCK_M, 128] and fewer rows        weight  e4m3 [N, K], [64, 128]        y  [M, N], [BLOCK_M, 64]
 
     scale  float32 [M]        row  float32 [N], or one for all with stride_row 0        bias  [N]        steps  of 128 columns, that cover K
     work   float32 [PARTS, 2 * num_programs, 64, BLOCK_M]        locks  int32 [PARTS, num_programs], zeros
@@ -185,7 +191,7 @@ def fp8_wide_kernel(
             [
                 (_consumers, (result, sizes, buffers, 0, PARTS, BIAS, BLOCK_M, STAGES, SHARED_K)),
                 (_consumers, (result, sizes, buffers, 1, PARTS, BIAS, BLOCK_M, STAGES, SHARED_K)),
-                (_loader, ((q, weight), sizes, buffers, PARTS, BLOCK_M, STAGES, SHARED_K)),
+                (_loader, ((q, part_of_q, M, weight), sizes, buffers, PARTS, BLOCK_M, STAGES, SHARED_K)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -196,7 +202,7 @@ def fp8_wide_kernel(
                 (_consumers, (result, sizes, buffers, 0, PARTS, BIAS, BLOCK_M, STAGES, SHARED_K)),
                 (_consumers, (result, sizes, buffers, 1, PARTS, BIAS, BLOCK_M, STAGES, SHARED_K)),
                 (_consumers, (result, sizes, buffers, 2, PARTS, BIAS, BLOCK_M, STAGES, SHARED_K)),
-                (_loader, ((q, weight), sizes, buffers, PARTS, BLOCK_M, STAGES, SHARED_K)),
+                (_loader, ((q, part_of_q, M, weight), sizes, buffers, PARTS, BLOCK_M, STAGES, SHARED_K)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
@@ -215,9 +221,10 @@ BLOCK = 2000  # cycles that a block, or a part of one, takes besides
 SUM = 29  # bytes of sums that are left or added up in a cycle
 START = 3900  # cycles besides where W comes later than it could be multiplied
 MEMORY = 11.2  # bytes of W in a cycle, of a multiprocessor's share of the memory's bandwidth
+SHARED = 128  # rows of a block from which on programs share K: with fewer it cost more than it gained
 LEAST = 33  # rows; fp8_few.py is for fewer
 # (rows up to which this is quicker than the quantizer and torch._scaled_mm, columns of the longest rows of W with which it is)
-MOST = ((256, inf), (512, 8192))
+MOST = ((384, inf), (512, 8192))
 
 
 @cache
@@ -225,6 +232,7 @@ def blocks_of(tile: WideTile) -> dict[str, tuple[list[int], gl.NVMMASharedLayout
     """What TMA reads and writes at a time, and how it lies in shared memory: argument -> (block, layout)."""
     return {
         "q": ([tile.block_m, 128], BYTES),
+        "part_of_q": ([min(ROWS, tile.block_m), 128], BYTES),
         "weight": ([64, 128], BYTES),
         "y": ([tile.block_m, 64], SWIZZLED),
     }
@@ -270,7 +278,7 @@ def cycles(
 @lru_cache(maxsize=8192)
 def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
     """The tile with which the product is done first."""
-    candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, True)]
+    candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, tile.block_m >= SHARED)]
     return min(candidates, key=lambda entry: cycles(*entry, m, spec.n, spec.k, multiprocessors(device)))[0]
 
 
@@ -325,9 +333,9 @@ def linear(
     else:
         programs = min(programs, blocks)
 
-    of = {"q": q, "weight": weight, "y": out}
+    of = {"q": q, "part_of_q": q, "weight": weight, "y": out}
     a = {name: TensorDescriptor(of[name], list(of[name].shape), list(of[name].stride()), *how) for name, how in blocks_of(tile).items()}
     fp8_wide_kernel[(programs,)](
-        a["q"], scale, a["weight"], row, row if bias is None else bias, a["y"], work, locks,
+        a["q"], a["part_of_q"], scale, a["weight"], row, row if bias is None else bias, a["y"], work, locks,
         m, n, int(row.numel() > 1), steps, alone, share, tile.stripe_m, **constants(tile), BIAS=bias is not None, launch_pdl=True,
     )  # fmt: skip

@@ -216,6 +216,39 @@ def _load_groups(of, buf, bar, sub: gl.constexpr, first, BLOCK_N: gl.constexpr):
     tma_load(of, [first // width, 0], bar, buf.slice(sub * BLOCK_N // width, BLOCK_N // width))
 
 
+# TMA takes longer for rows past x's last one than for those that there are. A block of y that reaches past it gets its rows of x in boxes of fewer,
+# without those that have none of x: what is in their place ends in rows of y that are not stored.
+
+
+@gluon.jit
+def boxes_there(part, first, M, BLOCK_M: gl.constexpr):
+    """How many of BLOCK_M rows' boxes, of the size that the descriptor `part` has, have some of x [M, K] from row `first` on."""
+    return gl.minimum(gl.cdiv(M - first, part.block_shape[0]), BLOCK_M // part.block_shape[0])
+
+
+@gluon.jit
+def expect_rows(x, part, bar, there, BLOCK_M: gl.constexpr, NBYTES: gl.constexpr, pred=True):
+    """bar: will have got NBYTES, and so many boxes."""
+    BOXES: gl.constexpr = BLOCK_M // part.block_shape[0]
+    if there == BOXES:
+        mbarrier.expect(bar, NBYTES + x.block_type.nbytes, pred=pred)
+    else:
+        for i in gl.static_range(1, BOXES):
+            mbarrier.expect(bar, NBYTES + i * part.block_type.nbytes, pred=(there == i) & pred)
+
+
+@gluon.jit
+def load_rows(x, part, first, column, bar, buf, there, BLOCK_M: gl.constexpr):
+    """x, part: descriptors of the same, with boxes of BLOCK_M rows, or some of them."""
+    ROWS: gl.constexpr = part.block_shape[0]
+    BOXES: gl.constexpr = BLOCK_M // ROWS
+    if there == BOXES:
+        tma_load(x, [first, column], bar, buf)
+    else:
+        for i in gl.static_range(BOXES - 1):
+            tma_load(part, [first + i * ROWS, column], bar, buf.slice(i * ROWS, ROWS), pred=i < there)
+
+
 @triton.jit
 def piece_of_work(i, program, programs, blocks, steps, alone, share):
     """(block of y, first step, steps) of a program's piece of work i: the blocks that it computes alone, and then two parts of shared ones, of
@@ -251,7 +284,7 @@ def _loader(
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SHARED_K: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring for all of a program's blocks."""
-    x, codes, scale, zero = sources
+    x, part, M, codes, scale, zero = sources
     blocks_m, blocks_n, tiles_n, tiles_k, rows, steps, alone, share, stripe_m = sizes
     x_buf, w_buf, s_buf, z_buf, full, empty = buffers
     TILES: gl.constexpr = BLOCK_N // 64
@@ -267,11 +300,12 @@ def _loader(
     for piece in range(gl.cdiv(alone - program, programs) + 2 * SHARED_K):
         block, first, count = piece_of_work(piece, program, programs, blocks_m * blocks_n, steps, alone, share)
         block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+        there = boxes_there(part, block_m * BLOCK_M, M, BLOCK_M)
         for step in range(first, first + count):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, x.block_type.nbytes + SUB * TILES * codes.block_type.nbytes + SCALES + ZEROS)
-            tma_load(x, [block_m * BLOCK_M, step * 64], bar, x_buf.index(stage))
+            expect_rows(x, part, bar, there, BLOCK_M, SUB * TILES * codes.block_type.nbytes + SCALES + ZEROS)
+            load_rows(x, part, block_m * BLOCK_M, step * 64, bar, x_buf.index(stage), there, BLOCK_M)
             for sub in gl.static_range(SUB):
                 for i in gl.static_range(TILES):
                     # blocks past the matrix's last tile read the last one again; their rows are not stored
@@ -399,7 +433,7 @@ def _consumers(
 
 @gluon.jit(do_not_specialize=["M", "N", "tiles_n", "tiles_k", "rows", "steps", "alone", "share", "stripe_m"])
 def wide_kernel(
-    x, codes, row, scale, zero, bias, y, work, locks, M, N, tiles_n, tiles_k, rows, steps, alone, share, stripe_m,
+    x, part, codes, row, scale, zero, bias, y, work, locks, M, N, tiles_n, tiles_k, rows, steps, alone, share, stripe_m,
     CODE: gl.constexpr, SCALE: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, UP: gl.constexpr, OUT: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SHARED_K: gl.constexpr,
 ):  # fmt: skip
@@ -407,7 +441,7 @@ def wide_kernel(
     That is for the first `alone` blocks; of the others, fewer than there are programs, each program does `share` of their steps.
 
     TMA descriptors, with the blocks that are read or written at a time:
-    x            [M, K], [BLOCK_M, 64]                y  [M, N], [BLOCK_M, BLOCK_N]
+    x, part      [M, K], both x, [BLOCK_M, 64] and fewer rows        y  [M, N], [BLOCK_M, BLOCK_N]
     codes        int16 [tiles_n * tiles_k * 16, 64], a tile
     scale, zero  integers, 16 bytes a row, what one group of columns has for BLOCK_N rows of W
 
@@ -437,7 +471,7 @@ def wide_kernel(
     tl.extra.cuda.gdc_launch_dependents()
 
     buffers = (x_buf, w_buf, s_buf, z_buf, full, empty)
-    sources = (x, codes, scale, zero)
+    sources = (x, part, M, codes, scale, zero)
     sizes = (gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), tiles_n, tiles_k, rows, steps, alone, share, stripe_m)
     result = (y, row, bias, work, locks, N, y_buf)
     gl.warp_specialize(
@@ -469,19 +503,22 @@ class WideTile:
 # with the cycles that 64 columns of K take; the tensor core alone would take 128 for each 128 x 32 of a block. bench/wide_tiles.py
 # fitted these, BLOCK and SUM to times on an H100
 TILES = (
-    (WideTile(256, 32), 895),
+    (WideTile(256, 32), 805),
     (WideTile(128, 64), 550),
-    (WideTile(256, 64), 905),
-    (WideTile(128, 128), 655),
-    (WideTile(256, 128), 1270),
-    (WideTile(128, 256), 1175),
+    (WideTile(256, 64), 915),
+    (WideTile(128, 128), 690),
+    (WideTile(256, 128), 1275),
+    (WideTile(128, 256), 1135),
 )
-BLOCK = 7200  # cycles that a block, or a part of one, takes besides: until the ring has something, and until it is stored
+BLOCK = 4500  # cycles that a block, or a part of one, takes besides: until the ring has something, and until it is stored
 PART = 8  # steps that take about as long as another part of a block takes besides
-SUM = 40  # bytes of sums that are left or added up in a cycle
+SUM = 29  # bytes of sums that are left or added up in a cycle
+MEMORY = 13  # bytes in a cycle, of a multiprocessor's share of the memory's bandwidth
+CACHE = 30e6  # bytes of x that stay in the L2 cache beside what else goes through it
 # bits of a code -> (rows, weights): from so many rows on, this is quicker than kernel.py for a matrix of so many weights. Fewer rows were not
 # timed with 8 bits
-LEAST = {4: ((17, 200_000_000), (33, 50_000_000), (65, 0)), 8: ((256, 0),)}
+LEAST = {4: ((17, 200_000_000), (33, 0)), 8: ((256, 0),)}
+ROWS = 64  # of x, at most, that are a part of a block's
 WARPS = 8  # that decode and multiply
 SHARED_MEMORY = 227 << 10  # that one program may have
 
@@ -491,6 +528,7 @@ def blocks_of(spec: Spec, tile: WideTile) -> dict[str, tuple[list[int], gl.NVMMA
     """What TMA reads and writes at a time, and how it lies in shared memory: argument -> (block, layout)."""
     found = {
         "x": ([tile.block_m, 64], SWIZZLED),
+        "part": ([min(ROWS, tile.block_m), 64], SWIZZLED),
         "codes": ([16, 64], SWIZZLED),
         "y": ([tile.block_m, tile.block_n], SWIZZLED),
     }
@@ -539,7 +577,14 @@ def share_out(blocks: int, steps: int, programs: int) -> tuple[int, int]:
     even = triton.cdiv(left * steps, programs)
     # with as many programs for each block none has parts of two
     whole = triton.cdiv(steps, programs // left)
-    return blocks - left, whole if whole <= even + PART else even
+    return blocks - left, whole if whole <= max(even + PART, 1.1 * even) else even
+
+
+def again(tile: WideTile, m: int, k: int, left: int, nbytes: int) -> float:
+    """Bytes of x [m, k], of nbytes a number, that programs read from the memory which share K of so many blocks. They are at different columns, so
+    that each reads its own where x does not stay in the L2 cache."""
+    rows = min(m, tile.stripe_m * tile.block_m)
+    return left * tile.block_m * k * nbytes if rows * k * nbytes > CACHE else 0
 
 
 def busiest(tile: WideTile, blocks: int, steps: int, sms: int, block: float, sums: float) -> tuple[float, float]:
@@ -565,9 +610,13 @@ def cycles(tile: WideTile, step: float, m: int, n: int, k: int, sms: int, block:
     step, block, sums  as TILES, BLOCK and SUM have them
     """
     blocks, steps = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), triton.cdiv(k, 64)
-    if tile.shared and blocks - share_out(blocks, steps, sms)[0] > LOCKS * triton.cdiv(n, 64):
-        return inf
     own, besides = busiest(tile, blocks, steps, sms, block, sums)
+    if tile.shared and own < inf:
+        alone, share = share_out(blocks, steps, sms)
+        if blocks - alone > LOCKS * triton.cdiv(n, 64):
+            return inf
+        if share < steps:
+            besides += max(0, again(tile, m, k, blocks - alone, 2) / (MEMORY * sms) - share * step)
     return own * step + besides
 
 
@@ -620,14 +669,14 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     else:
         programs = min(programs, blocks)
 
-    of = {"x": x, "codes": codes.view(-1, 64), "y": out}
+    of = {"x": x, "part": x, "codes": codes.view(-1, 64), "y": out}
     by_tma = blocks_of(spec, tile)
     for name in by_tma.keys() - of.keys():
         width = by_tma[name][0][1]
         of[name] = t[name].view(INTEGERS[16 // width]).view(-1, width)
     a = {name: TensorDescriptor(of[name], list(of[name].shape), list(of[name].stride()), *how) for name, how in by_tma.items()}
     wide_kernel[(programs,)](
-        a["x"], a["codes"], row, a.get("scale", row), a.get("zero", t.get("zero", row)), row if bias is None else bias, a["y"], work, t["locks"],
+        a["x"], a["part"], a["codes"], row, a.get("scale", row), a.get("zero", t.get("zero", row)), row if bias is None else bias, a["y"], work, t["locks"],
         m, spec.n, codes.shape[0], codes.shape[1], 64 * codes.shape[0], steps, alone, share, tile.stripe_m,
         **constants(spec, x.dtype, tile), BIAS=bias is not None, launch_pdl=True,
     )  # fmt: skip

@@ -181,7 +181,7 @@ def wide(target: str, spec, dtype: str, tile) -> dict:
     if spec.zero_point:
         args["zero"] = f"*i{scale_word_bits(spec, zero=True)}"
     for name, (block, layout) in wide.blocks_of(spec, tile).items():
-        of = dtype if name in ("x", "y") else f"i{layout.element_bitwidth}"
+        of = dtype if name in ("x", "part", "y") else f"i{layout.element_bitwidth}"
         args[name] = f"tensordesc<{of}{block},{layout!r}>"
     fixed = wide.constants(spec, torch.bfloat16 if dtype == "bf16" else torch.float16, tile)
     return _gluon(target, wide.wide_kernel, args, fixed)

@@ -88,8 +88,8 @@ def test_what_runs_is_nearly_the_quickest_that_was_timed(monkeypatch):
         by_scaled_mm.append(us[runs] / us["quantizer + scaled_mm"])
         if m <= 512:
             longer.append(us[runs] / min(us.values()))
-    assert len(longer) == 25 and geometric_mean(longer) < 1.01 and max(longer) < 1.05
-    assert max(by_scaled_mm) <= 1
+    assert len(longer) == 96 and geometric_mean(longer) < 1.02 and max(longer) < 1.15
+    assert max(by_scaled_mm) < 1.1 and geometric_mean(by_scaled_mm) < 0.85
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_tma_does_not_take_is_refused(k, width, why, monkeypatch):
     ("m", "k", "width", "ours"),
     [
         (1, 1024, 64, fp8_few), (32, 1024, 68, fp8_few), (33, 1024, 64, fp8_wide), (33, 1024, 68, None), (32, 1040, 64, None), (64, 1040, 64, fp8_wide),
-        (512, 8192, 64, fp8_wide), (513, 8192, 64, None), (256, 8320, 64, fp8_wide), (257, 8320, 64, None),
+        (512, 8192, 64, fp8_wide), (513, 8192, 64, None), (384, 8320, 64, fp8_wide), (385, 8320, 64, None),
     ],
 )  # fmt: skip
 def test_rows_sizes_and_the_output_decide_what_runs(m, k, width, ours, monkeypatch):

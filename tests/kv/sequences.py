@@ -53,7 +53,14 @@ class Batch:
             if n:
                 k, v = keys_and_values(n, heads, page)
                 ref.write(
-                    batch.pages, k, v * values, batch.slots(b, 0, n), torch.tensor([0, n]), torch.tensor([n]), batch.block_table[b : b + 1], page
+                    batch.pages,
+                    k,
+                    v * values,
+                    batch.slots(b, 0, n),
+                    torch.tensor([0, n]),
+                    torch.tensor([n]),
+                    batch.block_table[b : b + 1],
+                    page,
                 )
         return batch
 
