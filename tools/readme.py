@@ -67,39 +67,36 @@ def linear() -> str:
 
 
 def _linear(name: str) -> str:
-    data, again = _figures(f"linear_{name}"), _figures(f"linear_{name}_rows_32_to_128")
-    replaced = {row["case"]["m"] for row in again["rows"]} if again else set()
+    data = _figures(f"linear_{name}")
+    ours = "qplugins w8a8" if name == "fp8" else "qplugins"
     times: dict[tuple, dict[str, float]] = {}
-    for row in data["rows"] + (again["rows"] if again else []):
+    for row in data["rows"]:
         case = row["case"]
         if row["us"]:
             times.setdefault((case["format"], case["m"], case["n"], case["k"]), {})[row["impl"]] = row["us"]
-    impls = sorted({i for t in times.values() for i in t if i != "qplugins"})
+    impls = sorted({i for t in times.values() for i in t if i != ours and (ours == "qplugins" or not i.startswith("qplugins"))})
     lines = []
     for fmt, m in sorted({(f, m) for f, m, _, _ in times}):
         cell = [f"`{fmt}`", f"{m:,}"]
         for impl in impls:
-            ratios = [
-                t[impl] / t["qplugins"] for (f, mm, _, _), t in times.items() if (f, mm) == (fmt, m) and impl in t and "qplugins" in t
-            ]
+            ratios = [t[impl] / t[ours] for (f, mm, _, _), t in times.items() if (f, mm) == (fmt, m) and impl in t and ours in t]
             cell.append(f"{statistics.geometric_mean(ratios):.2f}" if ratios else "")
         lines.append(cell)
     shapes = [f"{n:,} x {k:,}" for n, k in dict.fromkeys((n, k) for _, _, n, k in times)]
     over = f"geometric mean over {', '.join(shapes)}" if len(shapes) > 1 else shapes[0]
-    table = markdown(("format", "rows", *(f"{i} / qplugins" for i in impls)), lines)
-    later = f"; {', '.join(map(str, sorted(replaced)))} rows: commit {again['commit']}" if again else ""
-    return f"{_where(data)}{later}. Time of the other over ours, {over}; above 1 qplugins is faster.\n\n{table}"
+    table = markdown(("format", "rows", *(f"{i} / {ours}" for i in impls)), lines)
+    return f"{_where(data)}. Time of the other over ours, {over}; above 1 qplugins is faster.\n\n{table}"
 
 
 def attention() -> str:
     """bench/results/attention*.json: microseconds of one layer, and what they are of the time that reading or writing the pages takes. Other heads
-    are in attention_shapes.json, what was timed again in attention_write.json."""
-    data, shapes, again = (_figures(name) for name in ("attention", "attention_shapes", "attention_write"))
+    are in attention_shapes.json."""
+    data, shapes = (_figures(name) for name in ("attention", "attention_shapes"))
     if data is None:
         return "Not measured yet: `make bench OP=attention`."
     by_case: dict[tuple, dict[str, dict]] = {}
     others: dict[tuple, dict[str, dict]] = {}  # decode with other heads
-    for row in [row for figures in (shapes, data, again) if figures for row in figures["rows"]]:
+    for row in [row for figures in (shapes, data) if figures for row in figures["rows"]]:
         case = row["case"]
         heads = tuple(case.get(x) for x in ("heads", "kv_heads", "head_dim"))
         if heads in ((None, None, None), (32, 8, 128)):
@@ -114,8 +111,7 @@ def attention() -> str:
         floor = f"{rows['int4_sink']['us'] / rows['int4_sink']['floor_us']:.2f}" if op == "decode" else ""
         lines.append((op, case, *cells, floor))
     heads = "32 query heads, 8 KV heads, head_dim 128, microseconds a layer"
-    later = f"; write and a first chunk: commit {again['commit']}" if again else ""
-    table = f"{_where(data)}{later}; {heads}.\n\n" + markdown(("", "", *(f"`{i}`" for i in impls), "int4_sink, of its floor"), lines)
+    table = f"{_where(data)}; {heads}.\n\n" + markdown(("", "", *(f"`{i}`" for i in impls), "int4_sink, of its floor"), lines)
     for shape in dict.fromkeys(key[:3] for key in others):
         told = [
             f"{case} {rows['fa3 bf16']['us'] / rows['int4_sink']['us']:.1f}"
@@ -152,7 +148,9 @@ def _configurations(name: str, op: str, columns: dict[str, str], *by: str) -> st
     if data is None:
         return f"Not measured yet: `make bench OP={op}`."
 
-    def cell(x: float | str) -> str:
+    def cell(x: float | str | list[float]) -> str:
+        if isinstance(x, list):
+            return f"{cell(min(x))}, {cell(statistics.median(x))}"
         return x if isinstance(x, str) else f"{x:,}" if isinstance(x, int) else f"{x:,.2f}" if x >= 1 else f"{x:.3f}"
 
     lines = [(*(f"`{row[b]}`" for b in by), *(cell(row.get(c, "")) for c in columns)) for row in data["rows"]]
@@ -163,10 +161,10 @@ def _configurations(name: str, op: str, columns: dict[str, str], *by: str) -> st
 def weights() -> str:
     """What NVFP4 weights give a whole engine."""
     columns = {
-        "1x512_token_ms": "batch 1: ms a token",
-        "16x512_token_ms": "batch 16",
-        "64x512_token_ms": "batch 64",
-        "1x8192_prefill_s": "a prompt of 8,192, s",
+        "1x512_token_ms_all": "batch 1: ms a token, of five times the quickest and the median",
+        "16x512_token_ms_all": "batch 16",
+        "64x512_token_ms_all": "batch 64",
+        "1x8192_prefill_s_all": "a prompt of 8,192, s",
     }
     return _configurations("engine_vllm_weights", "engine_vllm", columns, "weights")
 
