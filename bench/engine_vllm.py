@@ -14,7 +14,7 @@ idle: starting takes longer than measuring. Each then gets as much memory for it
 start side by side too: with --after FILE each says when it is ready, and measures once FILE is there.
 
 weights: bf16; nvfp4, vLLM's own choice of a kernel for a weight-only NVFP4 checkpoint; nvfp4-humming, the kernel by that name; nvfp4-qplugins, ours;
-or a --quantization of ours that quantizes while loading, such as qplugins-int4_g128. lm_head has 16 bits in all of them.
+or a --quantization of ours that quantizes while loading, such as qplugins-nvfp4. lm_head has 16 bits in all of them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -86,54 +86,60 @@ def write_nvfp4(folder: Path) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, middle, size = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["head_dim"]
-    q, kv, vocabulary = LLAMA["num_attention_heads"] * size, LLAMA["num_key_value_heads"] * size, LLAMA["vocab_size"]
+    q, kv = LLAMA["num_attention_heads"] * size, LLAMA["num_key_value_heads"] * size
     matrices = {
-        "self_attn": {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)},
-        "mlp": {"gate_proj": (middle, hidden), "up_proj": (middle, hidden), "down_proj": (hidden, middle)},
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (middle, hidden),
+        "mlp.up_proj": (middle, hidden),
+        "mlp.down_proj": (hidden, middle),
     }
+    index: dict[str, str] = {}
 
-    def plain(*shape: int) -> torch.Tensor:
-        return (0.02 * torch.randn(*shape, device=device)).to(torch.bfloat16).cpu()
+    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file({name: t.cpu() for name, t in tensors.items()}, folder / file)
+        index.update(dict.fromkeys(tensors, file))
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": NVFP4}))
-    ones = torch.ones(hidden, dtype=torch.bfloat16)
-    files = {
-        "rest": {
-            "model.embed_tokens.weight": plain(vocabulary, hidden),
-            "lm_head.weight": plain(vocabulary, hidden),
-            "model.norm.weight": ones,
-        }
-    }
+    for name in ("model.embed_tokens", "lm_head"):
+        matrix = 0.02 * torch.randn(LLAMA["vocab_size"], hidden, device=device)
+        save(f"{name}.safetensors", {f"{name}.weight": matrix.to(torch.bfloat16)})
+    norms = ["model.norm"]
     for i in range(LLAMA["num_hidden_layers"]):
-        tensors = files[f"layer-{i}"] = {}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{i}.{norm}.weight"] = ones.clone()
-        for part, of in matrices.items():
-            for name, (n, k) in of.items():
-                at = f"model.layers.{i}.{part}.{name}"
-                tensors[f"{at}.weight_packed"] = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=device).cpu()
-                scale = 100 + 300 * torch.rand(n, k // 16, device=device)
-                tensors[f"{at}.weight_scale"] = scale.to(torch.float8_e4m3fn).cpu()
-                tensors[f"{at}.weight_global_scale"] = torch.tensor(
-                    [40000.0]
-                )  # codes have a mean square of 3.2 ** 2, so that weights have 0.02 ** 2
-    index = {name: f"{file}.safetensors" for file, tensors in files.items() for name in tensors}
-    for file, tensors in files.items():
-        save_file(tensors, folder / f"{file}.safetensors")
+        layer = f"model.layers.{i}"
+        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+        tensors = {}
+        for name, (n, k) in matrices.items():
+            tensors[f"{layer}.{name}.weight_packed"] = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=device)
+            tensors[f"{layer}.{name}.weight_scale"] = (100 + 300 * torch.rand(n, k // 16, device=device)).to(torch.float8_e4m3fn)
+            # codes have a mean square of 3.2 ** 2, scales are about 250: so weights have 0.02 ** 2
+            tensors[f"{layer}.{name}.weight_global_scale"] = torch.tensor([40000.0])
+        save(f"{layer}.safetensors", tensors)
+    save("norms.safetensors", {f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
+def write_models(folder: Path, weights: Iterable[str]) -> None:
+    """What `arguments_of` such weights needs."""
+    (folder / "plain").mkdir()
+    (folder / "plain" / "config.json").write_text(json.dumps(LLAMA))
+    if any(w.startswith("nvfp4") for w in weights):
+        write_nvfp4(folder / "nvfp4")
+
+
 def arguments_of(weights: str, folder: Path) -> dict:
-    """vLLM's. folder: what `write_nvfp4` made, where weights are such."""
+    """vLLM's. folder: of `write_models`."""
     if weights.startswith("nvfp4"):
-        _, _, by = weights.partition("-")
-        how = {"qplugins": {"quantization": "qplugins"}, "humming": {"kernel_config": {"linear_backend": "humming"}}, "": {}}[by]
-        return {"model": str(folder), "load_format": "auto"} | how
-    plain = folder.with_name("plain")
-    plain.mkdir(exist_ok=True)
-    (plain / "config.json").write_text(json.dumps(LLAMA))
-    return {"model": str(plain), "load_format": "dummy"} | ({} if weights == "bf16" else {"quantization": weights})
+        how = {
+            "nvfp4": {},
+            "nvfp4-humming": {"kernel_config": {"linear_backend": "humming"}},
+            "nvfp4-qplugins": {"quantization": "qplugins"},
+        }
+        return {"model": str(folder / "nvfp4")} | how[weights]
+    return {"model": str(folder / "plain"), "load_format": "dummy"} | ({} if weights == "bf16" else {"quantization": weights})
 
 
 def kv_bytes(kv_cache_dtype: str, shapes: list[tuple[int, int]]) -> int:
@@ -301,11 +307,9 @@ def main() -> None:
     if args.pairs:
         configurations = [tuple(pair.split(":")) for pair in args.pairs]
     rows = []
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "nvfp4"
-        if any(weights.startswith("nvfp4") for _, weights in configurations):
-            write_nvfp4(folder)
-        for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together, args.after, folder):
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(Path(folder), (weights for _, weights in configurations))
+        for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together, args.after, Path(folder)):
             rows.append(row)
             print(json.dumps(row), flush=True)
             # after each, so that what was measured is there when a later one takes the machine down

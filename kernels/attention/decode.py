@@ -604,8 +604,7 @@ def decode_kernel(
                 m, _, denominators, zeros, weight = _take(s, m, denominators, zeros, vs[None], vz[None])
                 o0, o1, o2, o3 = sink_values(first, row, stored, weight, VC, VU, V_WIDE, DV, VB, ROWS_V)
                 o0, o1 = o0 / tile.down(0, VB, PTX), o1 / tile.down(1, VB, PTX)
-                if not V8:
-                    o2, o3 = o2 / tile.down(2, VB, PTX), o3 / tile.down(3, VB, PTX)
+                o2, o3 = o2 / tile.down(2, VB, PTX), o3 / tile.down(3, VB, PTX)
         in_page = tl.arange(0, W)[:, None] * T + tl.arange(0, T)[None, :]
         not_before = tl.maximum(since, S)  # sinks are read from their rows
 
@@ -647,11 +646,11 @@ def decode_kernel(
             vs, vz = tile.scale_and_zero(vp)
             m, fade, denominators, zeros, weight = _take(s, m, denominators, zeros, vs * tile.up(VB, PTX), vz)
             xv = tile.load_values((page + CODES_V).to(tl.pointer_type(tl.int16)), V_PIECES, V_JP, V_A, V_N, V_WIDE, W)
-            o0 = dot(tile.value_codes(xv, 0, mask, VB, PTX), weight, o0 * fade[:, None, :])
-            o1 = dot(tile.value_codes(xv, 1, mask, VB, PTX), weight, o1 * fade[:, None, :])
+            o0 = dot(tile.value_codes(xv, 0, VB, PTX), weight, o0 * fade[:, None, :])
+            o1 = dot(tile.value_codes(xv, 1, VB, PTX), weight, o1 * fade[:, None, :])
             if not V8:
-                o2 = dot(tile.value_codes(xv, 2, mask, VB, PTX), weight, o2 * fade[:, None, :])
-                o3 = dot(tile.value_codes(xv, 3, mask, VB, PTX), weight, o3 * fade[:, None, :])
+                o2 = dot(tile.value_codes(xv, 2, VB, PTX), weight, o2 * fade[:, None, :])
+                o3 = dot(tile.value_codes(xv, 3, VB, PTX), weight, o3 * fade[:, None, :])
                 weights = dot(tl.full((W, 16, T), 1.0, tl.bfloat16), weight, weights * fade[:, None, :])
 
         o0, o1, o2, o3 = o0 * tile.down(0, VB, PTX), o1 * tile.down(1, VB, PTX), o2 * tile.down(2, VB, PTX), o3 * tile.down(3, VB, PTX)

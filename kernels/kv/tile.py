@@ -251,9 +251,9 @@ def codes4(x, piece: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def values8(x, piece: tl.constexpr, mask, PTX: tl.constexpr):
+def values8(x, piece: tl.constexpr, PTX: tl.constexpr):
     if PTX:
-        return _bfloat16(_VALUES8_1 if piece else _VALUES8_0, x, mask)
+        return _codes(_VALUES8_1 if piece else _VALUES8_0, x)
     else:
         x = x.to(tl.int32) >> (8 * piece)
         return from_bits(x & 0x7F | 0x4300, tl.bfloat16) + from_bits(x & 0x80 ^ 0xC380, tl.bfloat16)
@@ -313,17 +313,17 @@ def load_values(words, PIECES: tl.constexpr, JP: tl.constexpr, A: tl.constexpr, 
 def values(x, piece: tl.constexpr, mask, VB: tl.constexpr, PTX: tl.constexpr):
     """A piece of a page's values as bfloat16 [W, 4U, T]."""
     if VB == 8:
-        return values8(x, piece, mask, PTX)
+        return values8(x, piece, PTX)
     else:
         return values4(x, piece, mask, PTX)
 
 
 @triton.jit
-def value_codes(x, piece: tl.constexpr, mask, VB: tl.constexpr, PTX: tl.constexpr):
+def value_codes(x, piece: tl.constexpr, VB: tl.constexpr, PTX: tl.constexpr):
     """A piece of a page's values for a product, bfloat16 [W, 4U, T]: code - 2 ** (VB - 1) + `code_offset`, in units that `up` and `down` are for. The
     tensor core takes such numbers as they are; other instructions may take them for 0."""
     if VB == 8:
-        return values8(x, piece, mask, PTX)
+        return values8(x, piece, PTX)
     else:
         return codes4(x, piece, PTX)
 

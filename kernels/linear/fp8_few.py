@@ -5,8 +5,8 @@ waste nothing. Both come as they lie in memory, a step of K at a time, through s
 as in product.py; their locks come from the quantizer, which runs in front of this kernel and zeroes them, so that no state stays behind.
 
 Times of the quantizer and torch._scaled_mm, of the quantizer and this kernel, and of the quantizer and fp8_wide.py's smallest tile, for 16 rows on an H100
-in us: 4096 x 4096 16.8, 10.8 and 11.3; 6144 x 4096 20.2, 12.2 and 13.7; 28672 x 4096 51.3, 46.4 and 46.4; 8192 x 8192 41.3, 28.8 and 28.6; 4096 x 14336
-46.7, 27.6 and 26.8. For 64 rows fp8_wide.py was the quickest for each of them. Asking for the weight while the quantizer runs, to have it in the L2
+in us (bench/results/fp8_tiles.json): 4096 x 4096 16.4, 10.8 and 11.7; 6144 x 4096 20.2, 12.7 and 14.8; 28672 x 4096 54.2, 46.3 and 45.5; 8192 x 8192
+41.2, 30.1 and 30.9; 4096 x 14336 47.0, 27.4 and 27.4. Asking for the weight while the quantizer runs, to have it in the L2
 cache, made torch._scaled_mm a few percent quicker for some layers and slower for others, and this kernel slower.
 """
 

@@ -34,7 +34,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qplugins.kernels.common.device import after_previous, on_hopper
-from qplugins.kernels.linear.product import block_at
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import multiprocessors
 from qplugins.kernels.linear.wide import (
@@ -49,9 +48,10 @@ from qplugins.kernels.linear.wide import (
     busiest,
     expect_rows,
     load_rows,
-    piece_of_work,
+    own_piece,
     share_out,
     tma_load,
+    unaligned,
 )
 
 BYTES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)  # rows of 128 e4m3 values: q and W
@@ -73,8 +73,7 @@ def _loader(sources, sizes, buffers, PARTS: gl.constexpr, BLOCK_M: gl.constexpr,
     programs = gl.num_programs(0)
 
     # no kernel writes W: what the first piece of work takes of it, as far as there are buffers
-    block, first, count = piece_of_work(0, program, programs, blocks_m * blocks_n, steps, alone, share)
-    block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+    _, block_m, block_n, first, count = own_piece(0, blocks_m, blocks_n, steps, alone, share, stripe_m)
     ahead = gl.minimum(count, STAGES)
     there = boxes_there(part_of_q, block_m * BLOCK_M, M, BLOCK_M)
     for i in range(ahead):
@@ -86,8 +85,7 @@ def _loader(sources, sizes, buffers, PARTS: gl.constexpr, BLOCK_M: gl.constexpr,
     stage = 0
     phase = 1  # but for that, the ring is empty
     for piece in range(gl.cdiv(alone - program, programs) + 2 * SHARED_K):
-        block, first, count = piece_of_work(piece, program, programs, blocks_m * blocks_n, steps, alone, share)
-        block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+        block, block_m, block_n, first, count = own_piece(piece, blocks_m, blocks_n, steps, alone, share, stripe_m)
         there = boxes_there(part_of_q, block_m * BLOCK_M, M, BLOCK_M)
         for step in range(first, first + count):
             bar = full.index(stage)
@@ -121,8 +119,7 @@ def _consumers(
     work += part * 2 * programs * (64 * BLOCK_M)
     locks += part * programs
     for piece in range(gl.cdiv(alone - program, programs) + 2 * SHARED_K):
-        block, first, count = piece_of_work(piece, program, programs, blocks_m * blocks_n, steps, alone, share)
-        block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+        block, block_m, block_n, first, count = own_piece(piece, blocks_m, blocks_n, steps, alone, share, stripe_m)
         block_n = block_n * PARTS + part  # now of 64 columns
         # what storing takes, before it is waited for; of scale a thread has few values until then
         n = block_n * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -283,7 +280,7 @@ def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
 
 
 def suits(m: int, spec: Spec) -> bool:
-    """Whether this is the quickest product for m rows. On an H100 it was so for every layer that was timed; for a few with more rows too."""
+    """Whether this is the product for m rows: on an H100 it was the quicker one for nearly every layer that was timed; for some with more rows too."""
     return m >= LEAST and any(m <= rows and spec.k <= columns for rows, columns in MOST)
 
 
@@ -303,11 +300,7 @@ def refuses(spec: Spec, out: Tensor) -> str | None:
         return "the kernel is made for Hopper"
     if spec.k % 16:
         return f"TMA wants rows of whole 16 bytes; K = {spec.k} is not a multiple of 16"
-    if out.stride(1) != 1 or out.stride(0) % 8 or out.data_ptr() % 16:
-        return (
-            f"TMA wants rows of out that begin at multiples of 16 bytes; they are {out.stride(0)} columns apart, from {out.data_ptr():#x}"
-        )
-    return None
+    return unaligned("out", out)
 
 
 def linear(

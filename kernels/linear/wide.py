@@ -267,6 +267,14 @@ def piece_of_work(i, program, programs, blocks, steps, alone, share):
 
 
 @triton.jit
+def own_piece(i, blocks_m, blocks_n, steps, alone, share, stripe_m):
+    """`piece_of_work` of this program, as (block of y, which one of x's rows, which one of W's, first step, steps)."""
+    block, first, count = piece_of_work(i, tl.program_id(0), tl.num_programs(0), blocks_m * blocks_n, steps, alone, share)
+    block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+    return block, block_m, block_n, first, count
+
+
+@triton.jit
 def parts_of_block(block, steps, share):
     """(first program, and one past the last) that have part of a shared block; shared ones are counted from 0."""
     return block * steps // share, tl.cdiv((block + 1) * steps, share)
@@ -298,8 +306,7 @@ def _loader(
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     for piece in range(gl.cdiv(alone - program, programs) + 2 * SHARED_K):
-        block, first, count = piece_of_work(piece, program, programs, blocks_m * blocks_n, steps, alone, share)
-        block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+        block, block_m, block_n, first, count = own_piece(piece, blocks_m, blocks_n, steps, alone, share, stripe_m)
         there = boxes_there(part, block_m * BLOCK_M, M, BLOCK_M)
         for step in range(first, first + count):
             bar = full.index(stage)
@@ -384,8 +391,7 @@ def _consumers(
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     for piece in range(gl.cdiv(alone - program, programs) + 2 * SHARED_K):
-        block, first, count = piece_of_work(piece, program, programs, blocks_m * blocks_n, steps, alone, share)
-        block_m, block_n = block_at(block, blocks_m, blocks_n, stripe_m)
+        block, block_m, block_n, first, count = own_piece(piece, blocks_m, blocks_n, steps, alone, share, stripe_m)
         # what storing takes, before it is waited for
         n = block_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
         factor = gl.load(row + n, mask=n < N, other=0.0)
@@ -580,11 +586,11 @@ def share_out(blocks: int, steps: int, programs: int) -> tuple[int, int]:
     return blocks - left, whole if whole <= max(even + PART, 1.1 * even) else even
 
 
-def again(tile: WideTile, m: int, k: int, left: int, nbytes: int) -> float:
-    """Bytes of x [m, k], of nbytes a number, that programs read from the memory which share K of so many blocks. They are at different columns, so
-    that each reads its own where x does not stay in the L2 cache."""
-    rows = min(m, tile.stripe_m * tile.block_m)
-    return left * tile.block_m * k * nbytes if rows * k * nbytes > CACHE else 0
+def again(tile: WideTile, m: int, k: int, left: int) -> float:
+    """Bytes of x [m, k] that programs read from the memory which share K of so many blocks. They are at different columns, so that each reads its own
+    where x does not stay in the L2 cache."""
+    row = 2 * k
+    return left * tile.block_m * row if min(m, tile.stripe_m * tile.block_m) * row > CACHE else 0
 
 
 def busiest(tile: WideTile, blocks: int, steps: int, sms: int, block: float, sums: float) -> tuple[float, float]:
@@ -616,7 +622,7 @@ def cycles(tile: WideTile, step: float, m: int, n: int, k: int, sms: int, block:
         if blocks - alone > LOCKS * triton.cdiv(n, 64):
             return inf
         if share < steps:
-            besides += max(0, again(tile, m, k, blocks - alone, 2) / (MEMORY * sms) - share * step)
+            besides += max(0, again(tile, m, k, blocks - alone) / (MEMORY * sms) - share * step)
     return own * step + besides
 
 
@@ -632,16 +638,20 @@ def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
     return min(candidates, key=lambda entry: cycles(*entry, m, spec.n, spec.k, multiprocessors(device)))[0]
 
 
+def unaligned(name: str, t: Tensor) -> str | None:
+    """Why TMA cannot read or write the rows of a matrix of 16-bit values, as a sentence; None where it can."""
+    if t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16:
+        return f"TMA wants rows of {name} that begin at multiples of 16 bytes; they are {t.stride(0)} columns apart, from {t.data_ptr():#x}"
+    return None
+
+
 def refuses(spec: Spec, x: Tensor, out: Tensor) -> str | None:
     """Why `linear` cannot compute out from x, as a sentence; None where it can."""
     if not on_hopper():
         return "the wide kernel is made for Hopper"
     if spec.code is None:
         return "the matrix is not quantized"
-    for name, t in (("x", x), ("out", out)):
-        if t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16:
-            return f"TMA wants rows of {name} that begin at multiples of 16 bytes; they are {t.stride(0)} columns apart, from {t.data_ptr():#x}"
-    return None
+    return unaligned("x", x) or unaligned("out", out)
 
 
 def suits(m: int, spec: Spec) -> bool:
