@@ -84,6 +84,20 @@ def mul(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def fma(a, b, c, dtype: tl.constexpr, PTX: tl.constexpr):
+    """a * b + c, rounded once. Three tensors of one shape."""
+    if PTX:
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+        else:
+            return tl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return round_to(a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32), dtype)
+
+
+@triton.jit
 def wait_for_dot(acc, HOPPER: tl.constexpr):
     """acc, the result of the last step's `dot`, for certain finished. To stand in front of a `dot` whose first operand is in registers.
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.common.device import INTERPRET, add, dot, from_bits, mul, on_hopper, round_to, wait_for_dot
+from qplugins.kernels.common.device import INTERPRET, add, dot, fma, from_bits, mul, on_hopper, round_to, wait_for_dot
 from qplugins.kernels.decode.e2m1 import decode_e2m1
 from qplugins.kernels.decode.e4m3 import decode_e4m3
 from qplugins.kernels.decode.int4 import decode_int4
@@ -85,26 +85,38 @@ def _value(
     SPAN         spans of 16 columns that share a scale: code j is in span j
     """
     at: tl.constexpr = j // SPAN
-    if CODE == "int4":
-        base: tl.constexpr = 136.0 if dtype == tl.bfloat16 else 1032.0
-        if ZERO:
-            low = round_to(-(base + (zero >> (16 * at)).to(tl.int16).to(tl.float32)), dtype)
-            high = round_to(-(base + (zero >> (16 * (PER_TILE + at))).to(tl.int16).to(tl.float32)), dtype)
-            raw = add(raw, _rows_from_pairs(low, high, BLOCK_N, STEP), dtype, PTX)
-        else:
-            raw = add(raw, tl.full((BLOCK_N, STEP, 16), -base, raw.dtype), dtype, PTX)
-    elif ZERO:
-        low = round_to(-(zero >> (16 * at)).to(tl.int16).to(tl.float32), dtype)
-        high = round_to(-(zero >> (16 * (PER_TILE + at))).to(tl.int16).to(tl.float32), dtype)
+    INT4: tl.constexpr = CODE == "int4"
+    # the codes of int4 have units of their own, which scales make up for
+    TINY: tl.constexpr = INT4 and dtype == tl.bfloat16
+    unit: tl.constexpr = (2.0**-129 if j % 2 else 2.0**-133) if TINY else 1.0
+    up: tl.constexpr = UP - 4 * (j % 2) if TINY else UP
+    base: tl.constexpr = 8.0 if TINY else 1032.0 if INT4 else 0.0
+    if ZERO:
+        low = round_to(-(base + (zero >> (16 * at)).to(tl.int16).to(tl.float32)) * unit, dtype)
+        high = round_to(-(base + (zero >> (16 * (PER_TILE + at))).to(tl.int16).to(tl.float32)) * unit, dtype)
         raw = add(raw, _rows_from_pairs(low, high, BLOCK_N, STEP), dtype, PTX)
+    elif INT4 and not TINY:
+        raw = add(raw, tl.full((BLOCK_N, STEP, 16), -base, raw.dtype), dtype, PTX)
+    OFFSET: tl.constexpr = TINY and not ZERO  # is taken away in units of the scale, which costs nothing
     if SCALE == "row":
-        if UP != 0:
-            raw = mul(raw, tl.full((BLOCK_N, STEP, 16), 2.0**UP, raw.dtype), dtype, PTX)
+        if OFFSET:
+            rows = tl.full((BLOCK_N, STEP, 16), 2.0**up, raw.dtype)
+            raw = fma(raw, rows, tl.full((BLOCK_N, STEP, 16), -base * unit * 2.0**up, raw.dtype), dtype, PTX)
+        elif up != 0:
+            raw = mul(raw, tl.full((BLOCK_N, STEP, 16), 2.0**up, raw.dtype), dtype, PTX)
     else:
         bits: tl.constexpr = 8 if SCALE == "e4m3" or SCALE == "e8m0" else 32 if SCALE == "f32" else 16
-        low = _scale_of(scale >> (bits * at), SCALE, UP, dtype)
-        high = _scale_of(scale >> (bits * (PER_TILE + at)), SCALE, UP, dtype)
-        raw = mul(raw, _rows_from_pairs(low, high, BLOCK_N, STEP), dtype, PTX)
+        low = _scale_of(scale >> (bits * at), SCALE, up, dtype)
+        high = _scale_of(scale >> (bits * (PER_TILE + at)), SCALE, up, dtype)
+        rows = _rows_from_pairs(low, high, BLOCK_N, STEP)
+        if OFFSET:
+            # exact: a power of two
+            none = _rows_from_pairs(
+                round_to(low.to(tl.float32) * (-base * unit), dtype), round_to(high.to(tl.float32) * (-base * unit), dtype), BLOCK_N, STEP
+            )
+            raw = fma(raw, rows, none, dtype, PTX)
+        else:
+            raw = mul(raw, rows, dtype, PTX)
     return raw
 
 
@@ -271,15 +283,16 @@ def powers(spec: Spec, dtype: torch.dtype) -> tuple[int, int]:
     UP is as large as the scale's and the product's exponents allow, so that no product is subnormal where a weight is not.
     """
     bf16 = dtype == torch.bfloat16
-    short = {"e2m1": 126 if bf16 else 14, "e4m3": 120 if bf16 else 8}.get(spec.code, 0)  # decoding gives values times 2 ** -short
+    # decoding gives values times 2 ** -short
+    short = {"e2m1": 126 if bf16 else 14, "e4m3": 120 if bf16 else 8, "int4": 133 if bf16 else 0}.get(spec.code, 0)
     if spec.group is None:
-        up = {"e2m1": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else 0
+        up = {"e2m1": 119, "int4": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else 0
     elif spec.scale == "e4m3":
-        up = {"e2m1": 119, "e4m3": 119}.get(spec.code, 0) if bf16 else {"e2m1": 7, "e4m3": 3}.get(spec.code, -5)
+        up = {"e2m1": 119, "int4": 119, "e4m3": 119}.get(spec.code, 0) if bf16 else {"e2m1": 7, "e4m3": 3}.get(spec.code, -5)
     elif spec.scale == "e8m0":
-        up = {"e2m1": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else {"e2m1": 15, "e4m3": 8}.get(spec.code, 0)
+        up = {"e2m1": 119, "int4": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else {"e2m1": 15, "e4m3": 8}.get(spec.code, 0)
     else:
-        up = {"e2m1": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else {"e2m1": 14, "e4m3": 8}.get(spec.code, 0)
+        up = {"e2m1": 119, "int4": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else {"e2m1": 14, "e4m3": 8}.get(spec.code, 0)
     return up, short - up
 
 

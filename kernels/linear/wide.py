@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from qplugins.kernels.common.device import add, mul, on_hopper, round_to
+from qplugins.kernels.common.device import add, fma, mul, on_hopper, round_to
 from qplugins.kernels.decode.e2m1 import decode_e2m1
 from qplugins.kernels.decode.e4m3 import decode_e4m3
 from qplugins.kernels.decode.int4 import decode_int4
@@ -155,6 +155,25 @@ def _mul_twice(raw, scale, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _eight_below(scale, ODD: gl.constexpr):
+    """-8 of the units that int4 has, bfloat16 in both halves of an int32, times a scale there: exactly."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 eight, nil; mov.b32 eight, 0x80808080; mov.b32 nil, 0x80008000; fma.rn.bf16x2 $0, $1, eight, nil; }"
+        if ODD
+        else "{ .reg .b32 eight, nil; mov.b32 eight, 0x80088008; mov.b32 nil, 0x80008000; fma.rn.bf16x2 $0, $1, eight, nil; }",
+        "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _fma_twice(raw, scale, offset):
+    """raw * scale + offset, bfloat16, with the latter two in both halves of an int32."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $4;", "=r,r,r,r,r,r", [raw, scale, offset], dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _span(
     raw, j: gl.constexpr, scale, zero, CODE: gl.constexpr, SCALE: gl.constexpr, SPAN: gl.constexpr, ZERO: gl.constexpr, UP: gl.constexpr,
     dtype: gl.constexpr,
@@ -162,17 +181,28 @@ def _span(
     """product._value for codes j [BLOCK_N, 16] of the words, with the scales and zero points of a tile's row in one int32 [ROWS, 1]."""
     at: gl.constexpr = j // SPAN
     layout: gl.constexpr = raw.type.layout
-    base: gl.constexpr = 0.0 if CODE != "int4" else 136.0 if dtype == gl.bfloat16 else 1032.0
+    INT4: gl.constexpr = CODE == "int4"
+    TINY: gl.constexpr = INT4 and dtype == gl.bfloat16
+    unit: gl.constexpr = (2.0**-129 if j % 2 else 2.0**-133) if TINY else 1.0
+    up: gl.constexpr = UP - 4 * (j % 2) if TINY else UP
+    base: gl.constexpr = 8.0 if TINY else 1032.0 if INT4 else 0.0
+    OFFSET: gl.constexpr = TINY and not ZERO
     if ZERO:
-        raw = add(raw, round_to(-(base + (zero >> (16 * at)).to(gl.int16).to(gl.float32)), dtype), dtype, True)
-    elif CODE == "int4":
+        raw = add(raw, round_to(-(base + (zero >> (16 * at)).to(gl.int16).to(gl.float32)) * unit, dtype), dtype, True)
+    elif INT4 and not TINY:
         raw = add(raw, gl.full(raw.shape, -base, dtype, layout), dtype, True)
     if SCALE != "row":
         bits: gl.constexpr = 8 if SCALE == "e4m3" or SCALE == "e8m0" else 32 if SCALE == "f32" else 16
-        raw = _mul_twice(raw, _scale_twice(scale >> (bits * at), SCALE, UP, dtype), dtype)
+        twice = _scale_twice(scale >> (bits * at), SCALE, up, dtype)
+        if OFFSET:
+            raw = _fma_twice(raw, twice, _eight_below(twice, j % 2))
+        else:
+            raw = _mul_twice(raw, twice, dtype)
+    elif OFFSET:
+        raw = fma(raw, gl.full(raw.shape, 2.0**up, dtype, layout), gl.full(raw.shape, -base * unit * 2.0**up, dtype, layout), dtype, True)
     else:
         # also by 1: ptxas of CUDA 12.8 has what decodes int8 overwrite registers of products under way (tests/kernels/sass.py tells)
-        raw = mul(raw, gl.full(raw.shape, 2.0**UP, dtype, layout), dtype, True)
+        raw = mul(raw, gl.full(raw.shape, 2.0**up, dtype, layout), dtype, True)
     return raw
 
 
