@@ -110,21 +110,27 @@ def wait_for_dot(acc, HOPPER: tl.constexpr):
         return acc
 
 
-def dependent_launch() -> dict:
-    """Constants and options of a launch that may begin while the kernel in front of it on the stream still runs; see `after_previous`."""
-    return {"PDL": True, "launch_pdl": True} if on_hopper() else {"PDL": False}
+def dependent_launch(early: bool = True) -> dict:
+    """Constants and options of a launch that may, if `early`, begin while the kernel in front of it on the stream still runs; see `after_previous`."""
+    return {"PDL": True, "launch_pdl": True} if early and on_hopper() else {"PDL": False}
 
 
 @triton.jit
 def after_previous(PDL: tl.constexpr):
-    """To stand first in a kernel launched with `dependent_launch`: waits for the kernel in front of it, and lets the next one come up.
+    """To stand in a kernel launched with `dependent_launch` before anything that another kernel may write is read, and anything that one may read is
+    written: waits for the kernel in front of it, and only then lets the next one come up.
 
     So programs are on their multiprocessors when their inputs are there, instead of being launched then ("programmatic dependent launch",
-    CUDA programming guide). Nothing that another kernel may write is read before, and nothing that one may read is written.
-
-    Not for kernels of about as many programs as the GPU holds at once, as products are: those that come early go where there is room rather
-    than evenly, and some multiprocessors get more of them. On an H100 products of 64 rows and more took up to 35 % longer that way.
+    CUDA programming guide). In this order there are never more than two kernels' programs at once. Programs go where there is room: let in earlier, those
+    of a third went to the multiprocessors that were done first, and for want of balance products of one row took up to half as long again on an H100.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers, PTX: tl.constexpr):
+    """Has the L2 cache fetch the lines of 128 bytes that pointers are to. Nothing is read yet, so this may be done before `after_previous`."""
+    if PTX:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)

@@ -4,7 +4,7 @@
     y = linear(x, weight.tensors, plan([(weight.implementation, weight.spec)]), bias)
 
 spec.py says what a layer is, layout.py how it lies in memory, ref.py what is computed, kernel.py how on a GPU,
-wide.py (on Hopper) and dense.py (elsewhere) how for many rows; variants.py chooses.
+few.py (on Hopper) how for very few rows, wide.py (on Hopper) and dense.py (elsewhere) for many; variants.py chooses.
 """
 
 from qplugins.kernels.linear.layout import Weight, fuse, pack, unpack

@@ -3,14 +3,16 @@
 A program owns BLOCK_N rows of W (whole tiles of 64) and BLOCK_M rows of x, and walks K, or its share of it, in steps of STEP tiles.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.linear.layout import named
-from qplugins.kernels.linear.product import block_at, constants, leave_share, of_groups, product, share_k, sum_shares
+from qplugins.kernels.common.device import after_previous, dependent_launch, on_hopper
+from qplugins.kernels.linear.layout import named, tile_k
+from qplugins.kernels.linear.product import block_at, constants, leave_share, of_groups, prefetch_tiles, product, share_k, shares, sum_shares
 from qplugins.kernels.linear.spec import Spec
-from qplugins.kernels.linear.tiles import Tile, choose
+from qplugins.kernels.linear.tiles import Tile, balanced, choose, multiprocessors
 
 
 # sizes that change from call to call must not each have a compilation of their own
@@ -20,7 +22,7 @@ def linear_kernel(
     M, N, K, stride_x, stride_y, tiles_k, pairs, steps, split_k, stripe_m,
     CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, UP: tl.constexpr, OUT: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr, SHARED_K: tl.constexpr,
-    PTX: tl.constexpr, HOPPER: tl.constexpr,
+    PTX: tl.constexpr, HOPPER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] W[n, k] + bias[n]. One program: BLOCK_N columns and BLOCK_M rows of y, and one of split_k shares of K.
 
@@ -36,6 +38,10 @@ def linear_kernel(
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_in = m[None, :] < M
+    if PDL and BLOCK_M > 8:
+        # with so many registers a program comes up as one of the kernel in front ends. With fewer it is there long before, and gains nothing
+        prefetch_tiles(codes, block_n, share * steps * STEP, N, tiles_k, BLOCK_N, STEP, PTX)
+    after_previous(PDL)
     acc = product(
         x + m[None, :].to(tl.int64) * stride_x, m_in, codes, scale, zero, block_n, share, steps, N, K, tiles_k, pairs,
         CODE, SCALE, GROUP, ZERO, UP, EVEN_K, BLOCK_N, BLOCK_M, STEP, dtype, PTX, HOPPER,
@@ -53,6 +59,12 @@ def linear_kernel(
     tl.store(y + m[None, :].to(tl.int64) * stride_y + n[:, None], acc.to(dtype), mask=m_in & n_in[:, None])
 
 
+def early(m: int, spec: Spec, tile: Tile, device: torch.device) -> bool:
+    """Whether a product of m rows is launched beside the kernel in front of it."""
+    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(spec.n, tile.block_n) * shares(triton.cdiv(spec.k, tile_k(spec)), tile)[0]
+    return on_hopper() and tile.room > 0 and balanced(programs, tile.room, multiprocessors(device))
+
+
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None, tile: Tile | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias. x and out are bfloat16 or float16 and contiguous along their rows; M > 0.
 
@@ -65,8 +77,10 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(spec.n, tile.block_n)
     split, steps, work = share_k(tiles_k, tile, blocks_m * blocks_n, t["locks"])
     scale, zero, grouped = of_groups(t, t["row"])
+    pdl = early(m, spec, tile, x.device)
     linear_kernel[(blocks_m * blocks_n, split)](
         x, t["codes"], t["row"], scale, zero, t["row"] if bias is None else bias, out, t["row"] if work is None else work, t["locks"], m, spec.n, spec.k, x.stride(0),
         out.stride(0), tiles_k, 0 if grouped is None else grouped.shape[1], steps, split, tile.stripe_m,
         **constants(spec, x.dtype, tile), BIAS=bias is not None, SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages,
+        **dependent_launch(pdl),
     )  # fmt: skip

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplugins.kernels.common.device import INTERPRET, add, dot, fma, from_bits, mul, on_hopper, round_to, wait_for_dot
+from qplugins.kernels.common.device import INTERPRET, add, dot, fma, from_bits, mul, on_hopper, prefetch, round_to, wait_for_dot
 from qplugins.kernels.decode.e2m1 import decode_e2m1
 from qplugins.kernels.decode.e4m3 import decode_e4m3
 from qplugins.kernels.decode.int4 import decode_int4
@@ -129,6 +129,14 @@ def rows_of_tiles(codes, block_n, first, N, tiles_k, pairs, BLOCK_N: tl.constexp
     step = tl.arange(0, STEP)
     words = codes + (tile_n[:, None, None] * tiles_k + first + step[None, :, None]) * 1024 + tl.arange(0, 1024)[None, None, :]
     return words, tl.where(pair < pairs, pair, 0)
+
+
+@triton.jit
+def prefetch_tiles(codes, block_n, first, N, tiles_k, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PTX: tl.constexpr):
+    """`prefetch` of a block's first STEP tiles of K from `first` on."""
+    tile_n = tl.minimum(block_n * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64), tl.cdiv(N, 64) - 1).to(tl.int64)
+    line = tl.minimum(tl.arange(0, 16 * STEP), (tiles_k - first) * 16 - 1)  # 16 a tile, which lie one after the other
+    prefetch(codes + (tile_n[:, None] * tiles_k + first) * 1024 + 64 * line[None, :], PTX)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ class Tile:
     warps, stages   Triton's num_warps and num_stages
     split_k   programs that share a block's K
     stripe_m  blocks of x that are done before the next ones
+    room      programs that a multiprocessor has room for, with 4-bit codes and Triton 3.6; 0 where nobody looked. See `balanced`
     """
 
     block_n: int
@@ -37,6 +38,7 @@ class Tile:
     stages: int = 4
     split_k: int = 1
     stripe_m: int = 8
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ ANY = 1 << 62  # rows of the last entry
 
 # found on an H100 with NVFP4 and Triton 3.6, over the layers of Llama 8B and 70B
 SM_90 = (
-    Entry(8, Tile(64, 8, 4, 4, 3), 8, Tile(64, 8, 4, 4, 3)),
-    Entry(16, Tile(64, 16, 4, 4, 3), 8, Tile(64, 16, 4, 4, 3)),
-    Entry(32, Tile(64, 32, 4, 4, 3), 4, Tile(128, 32, 2, 4, 4)),
+    Entry(8, Tile(64, 8, 4, 4, 3, room=8), 8, Tile(64, 8, 4, 4, 3, room=8)),
+    Entry(16, Tile(64, 16, 4, 4, 3, room=4), 8, Tile(64, 16, 4, 4, 3, room=4)),
+    Entry(32, Tile(64, 32, 4, 4, 3, room=3), 4, Tile(128, 32, 2, 4, 4, room=3)),
     Entry(64, Tile(64, 64, 2, 4, 3), 4, Tile(128, 64, 2, 4, 3)),
     Entry(128, Tile(64, 128, 1, 4, 4), 4, Tile(128, 128, 1, 8, 3)),
     Entry(ANY, Tile(64, 128, 1, 4, 4), 2, Tile(128, 128, 1, 8, 3)),
@@ -78,6 +80,16 @@ DEFAULT = (
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 132 where there is none, an H100's."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def balanced(programs: int, room: int, multiprocessors: int) -> bool:
+    """Whether two kernels that run at once, one after the other on the stream, have their programs spread evenly: there is room for both, or programs
+    of one take the place of the other's as these end. Between the two, what there is no room for at first goes to the multiprocessors that are done first.
+
+    room  programs that a multiprocessor has room for
+    """
+    each = -(-programs // multiprocessors)
+    return each >= room or 2 * each <= room
 
 
 def table_file(gpu: str) -> Path:
@@ -122,8 +134,10 @@ def table_of(device: torch.device) -> tuple[Entry, ...]:
 def choose(m: int, spec: Spec, device: torch.device) -> Tile:
     """The tile for a product of m rows."""
     tile = _choose(m, spec.n, -(-spec.k * spec.bits // 256), device)
-    # a tile of 8-bit codes is half as wide, and a step of one would leave the tensor core too little
-    return replace(tile, step=2 * tile.step) if spec.bits == 8 and m > 16 else tile
+    if spec.bits == 8:
+        # a tile is half as wide, and a step of one would leave the tensor core too little
+        return replace(tile, step=2 * tile.step if m > 16 else tile.step, room=0)
+    return tile
 
 
 @lru_cache(maxsize=8192)

@@ -2,6 +2,7 @@
 request of some length waits seconds for a compiler.
 
     kernel.py    few rows, on every GPU; all up to dense.LEAST_ROWS where nothing else runs
+    few.py       as few as few.suits says, on Hopper
     wide.py      as many as wide.suits says, on Hopper
     dense.py     dense.LEAST_ROWS and more, elsewhere
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qplugins.kernels.common.device import on_hopper
-from qplugins.kernels.linear import dense, fp8, kernel, wide
+from qplugins.kernels.linear import dense, few, fp8, kernel, wide
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.spec import Spec, parse
@@ -28,24 +29,27 @@ _done: set[tuple] = set()
 
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
-    """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see kernel.py, wide.py and dense.py. M > 0."""
-    if wide.suits(x.shape[0], spec) and wide.refuses(spec, x, out) is None:
+    """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see the modules above. M > 0."""
+    m = x.shape[0]
+    if few.suits(m, spec, x.device):
+        module = few
+    elif wide.suits(m, spec) and wide.refuses(spec, x, out) is None:
         module = wide
     else:
-        module = dense if x.shape[0] >= dense.LEAST_ROWS else kernel
+        module = dense if m >= dense.LEAST_ROWS else kernel
     module.linear(x, spec, tensors, out, bias)
 
 
 @cache
-def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool], int]:
+def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool, bool], int]:
     """What of kernel.py is compiled for up to MOST rows -> the least number of rows that it runs for. A key is a tile, but for what it is not
-    compiled for, and whether programs share a block's K."""
-    found: dict[tuple[Tile, bool], int] = {}
+    compiled for, whether programs share a block's K, and whether it is launched early."""
+    found: dict[tuple[Tile, bool, bool], int] = {}
     # every number of rows up to 128, then one of each 64, which no block of more rows divides
     for m in (*range(1, 129), *range(129, MOST + 1, 64)):
         tile = choose(m, spec, device)
         shared = shares(-(-spec.k // tile_k(spec)), tile)[0] > 1
-        found.setdefault((replace(tile, split_k=1, stripe_m=1), shared), m)
+        found.setdefault((replace(tile, split_k=1, stripe_m=1), shared, kernel.early(m, spec, tile, device)), m)
     return found
 
 
@@ -86,12 +90,16 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
             continue
         # as TMA wants it; what else it wants a layer's x and y have
         by_wide = on_hopper() and spec.k % 8 == 0 and spec.n % 8 == 0
-        for (tile, shared), m in variants(spec, device).items():
-            if by_wide and wide.suits(m, spec):
+        # what else kernels are compiled for: the format, whether steps divide K, and which sizes are multiples of 16
+        multiples = spec.k % 16 == 0, spec.n % 16 == 0
+        if few.suits(1, spec, device):
+            even = spec.k % (few.WARPS * few.STEP * tile_k(spec)) == 0
+            _run_once(few, 1, spec, own, dtype, bias, few.stages_of(spec, device), even, multiples)
+        for (tile, shared, early), m in variants(spec, device).items():
+            if few.suits(m, spec, device) or (by_wide and wide.suits(m, spec)):
                 continue
-            # what else a kernel is compiled for: the format, whether steps divide K, and which sizes are multiples of 16
-            sizes = spec.k % (tile.step * tile_k(spec)) == 0, spec.k % 16 == 0, spec.n % 16 == 0
-            _run_once(kernel, m, spec, own, dtype, bias, tile, shared, sizes)
+            even = spec.k % (tile.step * tile_k(spec)) == 0
+            _run_once(kernel, m, spec, own, dtype, bias, tile, shared, early, even, multiples)
         for tile, m in wide_variants(spec, device).items() if by_wide else ():
             _run_once(wide, m, spec, own, dtype, bias, tile)
         key = (device, dtype, replace(spec, n=0, k=0), spec.k % (dense.TILE.step * tile_k(spec)) == 0, spec.k % 16 == 0)

@@ -539,21 +539,21 @@ class WideTile:
 # with the cycles that 64 columns of K take; the tensor core alone would take 128 for each 128 x 32 of a block. bench/wide_tiles.py
 # fitted these, BLOCK and SUM to times on an H100
 TILES = (
-    (WideTile(256, 32), 805),
-    (WideTile(128, 64), 550),
-    (WideTile(256, 64), 915),
-    (WideTile(128, 128), 690),
-    (WideTile(256, 128), 1275),
-    (WideTile(128, 256), 1135),
+    (WideTile(256, 32), 731),
+    (WideTile(128, 64), 520),
+    (WideTile(256, 64), 843),
+    (WideTile(128, 128), 667),
+    (WideTile(256, 128), 1202),
+    (WideTile(128, 256), 1117),
 )
-BLOCK = 4500  # cycles that a block, or a part of one, takes besides: until the ring has something, and until it is stored
+BLOCK = 4260  # cycles that a block, or a part of one, takes besides: until the ring has something, and until it is stored
 PART = 8  # steps that take about as long as another part of a block takes besides
-SUM = 29  # bytes of sums that are left or added up in a cycle
+SUM = 27  # bytes of sums that are left or added up in a cycle
 MEMORY = 13  # bytes in a cycle, of a multiprocessor's share of the memory's bandwidth
 CACHE = 30e6  # bytes of x that stay in the L2 cache beside what else goes through it
-# bits of a code -> (rows, weights): from so many rows on, this is quicker than kernel.py for a matrix of so many weights. Fewer rows were not
-# timed with 8 bits
-LEAST = {4: ((17, 200_000_000), (33, 0)), 8: ((256, 0),)}
+# bits of a code -> (rows, weights, columns): from so many rows on, this is quicker than kernel.py for a matrix of so many weights and columns. Fewer rows
+# were not timed with 8 bits
+LEAST = {4: ((17, 50_000_000, 8192), (33, 0, 0)), 8: ((256, 0, 0),)}
 ROWS = 64  # of x, at most, that are a part of a block's
 WARPS = 8  # that decode and multiply
 SHARED_MEMORY = 227 << 10  # that one program may have
@@ -657,8 +657,8 @@ def cycles(tile: WideTile, step: float, m: int, n: int, k: int, sms: int, block:
 
 
 def usable(tile: WideTile, m: int) -> bool:
-    """Whether the tile is one for m rows: more than 64 in blocks of fewer would decode everything more than once."""
-    return tile.block_m >= min(m, 128)
+    """Whether the tile is one for m rows: many of them in blocks of few would decode everything again and again."""
+    return tile.block_m >= min(m, 64 if m <= 256 else 128)
 
 
 @lru_cache(maxsize=8192)
@@ -686,7 +686,7 @@ def refuses(spec: Spec, x: Tensor, out: Tensor) -> str | None:
 
 def suits(m: int, spec: Spec) -> bool:
     """Whether this is quicker than kernel.py for m rows."""
-    return any(m >= rows and spec.n * spec.k >= weights for rows, weights in LEAST.get(spec.bits, ()))
+    return any(m >= rows and spec.n * spec.k >= weights and spec.k >= columns for rows, weights, columns in LEAST.get(spec.bits, ()))
 
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None, tile: WideTile | None = None) -> None:

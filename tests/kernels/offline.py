@@ -52,7 +52,9 @@ def resources(compiled) -> dict:
             f.flush()
             usage = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
         if m := re.search(r"REG:(\d+) STACK:(\d+)", usage):
-            found |= {"registers": int(m[1]), "stack": int(m[2])}
+            # a multiprocessor of compute capability 9.0 has 64 Ki registers, given out in 256 a warp, and 227 KiB of shared memory
+            by_registers = 65536 // (-(-int(m[1]) // 8) * 256 * compiled.metadata.num_warps)
+            found |= {"registers": int(m[1]), "stack": int(m[2]), "room": min(by_registers, 227 * 1024 // (found["shared"] + 1024))}
     return found
 
 
@@ -91,7 +93,20 @@ def linear(target: str, spec, dtype: str, tile) -> dict:
 
     args, fixed = _product(target, spec, dtype, tile)
     args |= {"bias": f"*{dtype}", "M": "i32"}
-    return _found(target, compile_for(target, linear_kernel, args, fixed | {"BIAS": True}, tile.warps, tile.stages))
+    return _found(target, compile_for(target, linear_kernel, args, fixed | {"BIAS": True, "PDL": target == "sm_90"}, tile.warps, tile.stages))
+
+
+def few(target: str, spec, dtype: str, tile) -> dict:
+    """The product of very few rows, compiled with tile.stages."""
+    import torch
+
+    from qplugins.kernels.linear.few import WARPS, constants_of, few_kernel
+
+    args, fixed = _product(target, spec, dtype, tile)
+    args |= {"bias": f"*{dtype}", "M": "i32"}
+    fixed |= {"BIAS": True} | constants_of(spec, torch.bfloat16 if dtype == "bf16" else torch.float16)
+    args, fixed = ({name: of[name] for name in few_kernel.arg_names if name in of} for of in (args, fixed | {"PTX": True, "PDL": True}))
+    return _found(target, compile_for(target, few_kernel, args, fixed, WARPS, tile.stages))
 
 
 def experts(target: str, spec, dtype: str, tile) -> dict:
@@ -202,6 +217,7 @@ KERNELS = {
     "dense": dense,
     "experts": experts,
     "experts_order": experts_order,
+    "few": few,
     "fp8_few": fp8_few,
     "fp8_quantize": fp8_quantize,
     "fp8_wide": fp8_wide,

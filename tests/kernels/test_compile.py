@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qplugins.kernels.linear import fp8_few, fp8_wide
+from qplugins.kernels.linear import few, fp8_few, fp8_wide
 from qplugins.kernels.linear.dense import TILE as DENSE
-from qplugins.kernels.linear.tiles import Tile
+from qplugins.kernels.linear.tiles import SM_90, Tile
 from qplugins.kernels.linear.wide import TILES, WideTile
 
 SKINNY, SQUARE = Tile(64, 16, 1, 4, 4, split_k=4), Tile(128, 128, 1, 8, 3)
@@ -26,6 +26,8 @@ SPECS = (
 E4M3 = SPECS[4]
 PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
+# tiles that go by `balanced`, with K shared as it is where there are few blocks
+ROOMY = [replace(tile, split_k=4 if tile == e.few else 1) for e in SM_90 for tile in dict.fromkeys((e.few, e.many)) if tile.room and tile.block_m > 8]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDE = [tile for tile, _ in TILES]
 FP8_WIDE = [replace(tile, shared=shared) for tile, _ in fp8_wide.TILES for shared in (False, True)]
@@ -34,6 +36,8 @@ CASES = (
     + [("linear", "sm_90", s, "bf16", SQUARE) for s in SPECS]
     + [("linear", target, s, "fp16", SQUARE) for target in ("sm_80", "sm_90", "gfx942") for s in SPECS[:1]]
     + [("linear", "sm_90", "int4*bf16/32 1000x1120", "bf16", SKINNY)]
+    + [("linear", "sm_90", s, "bf16", tile) for s in SPECS[:4] for tile in ROOMY]
+    + [("few", "sm_90", s, "bf16", replace(SKINNY, stages=stages)) for s in SPECS[:4] for stages in set(few.STAGES.values())]
     # the same product, so not in every format again
     + [("experts", target, SPECS[0], "bf16", SKINNY) for target in TARGETS]
     + [("experts", target, PLAIN, "bf16", SKINNY_PLAIN) for target in TARGETS]
@@ -90,6 +94,16 @@ def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, s
     assert found["wgmma"] > 0 and found["wgmma_from_registers"] == found["wgmma"]
     # see wait_for_dot: registers of a product that is not done are not safe from the next step
     assert found["pending_products"] == 0
+
+
+@pytest.mark.parametrize("spec", SPECS[:4])
+def test_a_multiprocessor_has_room_for_as_many_programs_as_is_reckoned_with(spec, compiled):
+    for tile in ROOMY:
+        found = compiled["linear", "sm_90", spec, "bf16", str(asdict(tile))]
+        assert found.get("room", tile.room) == tile.room, tile
+    for stages, room in ((3, 4), (4, 2)):
+        found = compiled["few", "sm_90", spec, "bf16", str(asdict(replace(SKINNY, stages=stages)))]
+        assert found.get("room", room) >= room and found["mma"] > 0
 
 
 @pytest.mark.parametrize("rows", fp8_few.STAGES)

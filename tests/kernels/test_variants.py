@@ -7,7 +7,7 @@ import torch
 from samples import quantized, spec
 
 from qplugins.kernels import linear as ops
-from qplugins.kernels.linear import dense, fp8, fp8_few, fp8_wide, kernel, variants, wide
+from qplugins.kernels.linear import dense, few, fp8, fp8_few, fp8_wide, kernel, variants, wide
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.tiles import choose
@@ -24,8 +24,9 @@ def test_every_number_of_rows_runs_a_variant_that_is_warmed(s):
     assert 4 <= len(known) <= 16
     for m in range(1, variants.MOST + 1):
         tile = choose(m, s, CPU)
-        assert (replace(tile, split_k=1, stripe_m=1), shares(-(-s.k // tile_k(s)), tile)[0] > 1) in known, m
-    for (tile, shared), m in known.items():
+        key = replace(tile, split_k=1, stripe_m=1), shares(-(-s.k // tile_k(s)), tile)[0] > 1, kernel.early(m, s, tile, CPU)
+        assert key in known, m
+    for (tile, shared, _), m in known.items():
         assert tile.block_m == choose(m, s, CPU).block_m and shared <= (m <= 1024)
 
     known = variants.wide_variants(s, CPU)
@@ -42,20 +43,21 @@ def test_off_the_gpu_nothing_runs(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("n", [1024, 28672])
 @pytest.mark.parametrize("bias", [False, True])
-def test_no_call_compiles_afterwards(bias, device):
-    q = quantized(spec("int4*bf16/64", 1024, 832), device)
+def test_no_call_compiles_afterwards(bias, n, device):
+    q = quantized(spec("int4*bf16/64", n, 832), device)
     w = ops.pack(q, "triton")
     plan, tensors = ops.plan([(w.implementation, w.spec)]), list(w.tensors)
     variants.warm(plan, tensors, torch.bfloat16, bias)
 
     def compiled() -> list[int]:
-        return [len(k.device_caches[torch.cuda.current_device()][0]) for k in (kernel.linear_kernel, dense.decode_kernel)]
+        return [len(k.device_caches[torch.cuda.current_device()][0]) for k in (few.few_kernel, kernel.linear_kernel, dense.decode_kernel)]
 
     before = compiled()
-    assert min(before) > 0
-    b = torch.zeros(1024, dtype=torch.bfloat16, device=device) if bias else None
-    for m in (*range(1, 140), *range(150, 8300, 111)):
+    assert min(before[1:]) > 0
+    b = torch.zeros(n, dtype=torch.bfloat16, device=device) if bias else None
+    for m in (*range(1, 140), *range(150, 8300, 111 if n == 1024 else 1111)):
         ops.linear(torch.randn(m, 832, dtype=torch.bfloat16, device=device), tensors, plan, b)
     assert compiled() == before
 

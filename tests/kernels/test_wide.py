@@ -190,7 +190,7 @@ def test_the_tile_that_is_chosen_is_nearly_the_best_one_timed():
         chosen = us.get(str(wide.choose(m, s, CPU)) if wide.suits(m, s) else "kernel.py")
         if chosen is not None:  # some were not timed
             longer.append(chosen / min(us.values()))
-    assert len(longer) == 160 and geometric_mean(longer) < 1.01 and max(longer) < 1.15
+    assert len(longer) == 160 and geometric_mean(longer) < 1.01 and max(longer) < 1.1
 
 
 def test_elsewhere_it_says_that_it_is_for_hopper():
