@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from bench import rivals  # noqa: E402
 from bench.common import Row, command, rel_rms, save, table  # noqa: E402
 from qplugins.kernels.common.timing import bandwidth, copies, time_us  # noqa: E402
-from qplugins.kernels.linear import kernel, variants, wide, workload  # noqa: E402
+from qplugins.kernels.linear import few, kernel, variants, wide, workload  # noqa: E402
 from qplugins.kernels.linear.ref import matmul  # noqa: E402
 from qplugins.kernels.quantized import QuantizedTensor  # noqa: E402
 
@@ -43,15 +43,15 @@ def weight_only(name: str, linear: Callable, q: QuantizedTensor, count: int) -> 
     return calls
 
 
-def _beside_wide(x, spec, tensors, y) -> None:
-    if not wide.suits(x.shape[0], spec):
+def _kernel(x, spec, tensors, y) -> None:
+    if not (wide.suits(x.shape[0], spec) or few.suits(x.shape[0], spec, x.device)):
         raise NotImplementedError("is what qplugins runs")
     kernel.linear(x, spec, tensors, y)
 
 
 def own(name: str) -> dict:
     """qplugins' weight-only product, beside it the one kernel that all rows could have, and for fp8 the W8A8 product."""
-    found = {"qplugins": partial(weight_only, name, variants.linear), "qplugins kernel": partial(weight_only, name, _beside_wide)}
+    found = {"qplugins": partial(weight_only, name, variants.linear), "qplugins kernel": partial(weight_only, name, _kernel)}
     if name == "fp8":
         found["qplugins w8a8"] = partial(rivals.scaled_mm, quantizer=True)
     return found
@@ -122,6 +122,8 @@ def time_shape(
             ]
             print(f"{name} {n}x{k} {impl}: does not run: {type(e).__name__}: {str(e)[:120]}")
             continue
+        with suppress(Exception):
+            time_us(calls_of(xs[rows[0]]), rep_ms)  # after a pause a GPU is up to a tenth slower at first
         for m, x in xs.items():
             row = Row(suite, _case(name, n, k, m), impl, None, _floor(nbytes, m, n, k, rate))
             try:

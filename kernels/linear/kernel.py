@@ -10,7 +10,17 @@ from torch import Tensor
 
 from qplugins.kernels.common.device import after_previous, dependent_launch, on_hopper
 from qplugins.kernels.linear.layout import named, tile_k
-from qplugins.kernels.linear.product import block_at, constants, leave_share, of_groups, prefetch_tiles, product, share_k, shares, sum_shares
+from qplugins.kernels.linear.product import (
+    block_at,
+    constants,
+    leave_share,
+    of_groups,
+    prefetch_tiles,
+    product,
+    share_k,
+    shares,
+    sum_shares,
+)
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import Tile, balanced, choose, multiprocessors
 

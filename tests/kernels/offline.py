@@ -93,7 +93,9 @@ def linear(target: str, spec, dtype: str, tile) -> dict:
 
     args, fixed = _product(target, spec, dtype, tile)
     args |= {"bias": f"*{dtype}", "M": "i32"}
-    return _found(target, compile_for(target, linear_kernel, args, fixed | {"BIAS": True, "PDL": target == "sm_90"}, tile.warps, tile.stages))
+    return _found(
+        target, compile_for(target, linear_kernel, args, fixed | {"BIAS": True, "PDL": target == "sm_90"}, tile.warps, tile.stages)
+    )
 
 
 def few(target: str, spec, dtype: str, tile) -> dict:

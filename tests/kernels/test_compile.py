@@ -27,7 +27,12 @@ E4M3 = SPECS[4]
 PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
 # tiles that go by `balanced`, with K shared as it is where there are few blocks
-ROOMY = [replace(tile, split_k=4 if tile == e.few else 1) for e in SM_90 for tile in dict.fromkeys((e.few, e.many)) if tile.room and tile.block_m > 8]
+ROOMY = [
+    replace(tile, split_k=4 if tile == e.few else 1)
+    for e in SM_90
+    for tile in dict.fromkeys((e.few, e.many))
+    if tile.room and tile.block_m > 8
+]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDE = [tile for tile, _ in TILES]
 FP8_WIDE = [replace(tile, shared=shared) for tile, _ in fp8_wide.TILES for shared in (False, True)]

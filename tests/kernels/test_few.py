@@ -62,7 +62,8 @@ def test_nothing_past_the_last_row_or_column_of_x_counts(device):
 
 
 @pytest.mark.parametrize(
-    ("n", "stages"), [(1024, 4), (2112, 4), (2128, 3), (4096, 3), (4224, 3), (4240, 4), (6144, 4), (8192, 3), (8448, 3), (8464, None), (28672, None)]
+    ("n", "stages"),
+    [(1024, 4), (2112, 4), (2128, 3), (4096, 3), (4224, 3), (4240, 4), (6144, 4), (8192, 3), (8448, 3), (8464, None), (28672, None)],
 )
 def test_stages_leave_room_for_all_programs(n, stages):
     assert few.stages_of(spec("int4*bf16/128", n, 4096), CPU) == stages  # of 132 multiprocessors
