@@ -13,7 +13,7 @@ from torch import Tensor
 from qplugins.kernels.linear.layout import named
 from qplugins.kernels.linear.product import constants, decoded, load, of_groups, rows_of_tiles
 from qplugins.kernels.linear.spec import Spec
-from qplugins.kernels.linear.tiles import Tile
+from qplugins.kernels.linear.tiles import Tile, cdiv
 
 TILE = Tile(64, 1, 2)  # what one program decodes: rows, none of x, tiles of columns
 SCRATCH = 1 << 28  # bytes of decoded weights at a time
@@ -49,7 +49,7 @@ def decode(spec: Spec, tensors: list[Tensor], first_row: int, out: Tensor) -> No
     scale, zero, grouped = of_groups(t, t["row"])
     tiles_k = t["codes"].shape[1]
     fixed = {name: value for name, value in constants(spec, out.dtype, TILE).items() if name not in ("BLOCK_M", "HOPPER")}
-    decode_kernel[(triton.cdiv(out.shape[0], TILE.block_n), triton.cdiv(tiles_k, TILE.step))](
+    decode_kernel[(cdiv(out.shape[0], TILE.block_n), cdiv(tiles_k, TILE.step))](
         t["codes"], t["row"], scale, zero, out, first_row,
         first_row + out.shape[0], spec.k, tiles_k, 0 if grouped is None else grouped.shape[1], **fixed, num_warps=TILE.warps, num_stages=1,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from qplugins.kernels.common.device import after_previous, dependent_launch, dot
 from qplugins.kernels.linear.layout import named
 from qplugins.kernels.linear.product import constants, decoded, of_groups
 from qplugins.kernels.linear.spec import Spec
-from qplugins.kernels.linear.tiles import Tile, multiprocessors
+from qplugins.kernels.linear.tiles import Tile, cdiv, multiprocessors
 
 MOST = 8  # rows of x
 ROWS = 16  # of W, that a program has
@@ -94,7 +94,7 @@ def few_kernel(
 @cache
 def stages_of(spec: Spec, device: torch.device) -> int | None:
     """Of STAGES; None where there are too many programs."""
-    return STAGES.get(triton.cdiv(triton.cdiv(spec.n, ROWS), multiprocessors(device)))
+    return STAGES.get(cdiv(cdiv(spec.n, ROWS), multiprocessors(device)))
 
 
 def suits(m: int, spec: Spec, device: torch.device) -> bool:
@@ -112,7 +112,7 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     """out[M, N] = x[M, K] @ W.T + bias. x and out are bfloat16 or float16 and contiguous along their rows; 0 < M <= MOST."""
     t = named("triton", spec, tensors)
     scale, zero, grouped = of_groups(t, t["row"])
-    few_kernel[(triton.cdiv(spec.n, ROWS),)](
+    few_kernel[(cdiv(spec.n, ROWS),)](
         x, t["codes"], t["row"], scale, zero, t["row"] if bias is None else bias, out, x.shape[0], spec.n, spec.k, x.stride(0), out.stride(0),
         t["codes"].shape[1], 0 if grouped is None else grouped.shape[1], **constants_of(spec, x.dtype), BIAS=bias is not None, num_warps=WARPS,
         num_stages=stages_of(spec, x.device) or min(STAGES.values()), **dependent_launch(),

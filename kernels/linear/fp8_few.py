@@ -18,7 +18,7 @@ from torch import Tensor
 from qplugins.kernels.common.device import INTERPRET, dependent_launch, on_hopper
 from qplugins.kernels.linear.product import leave_share, sum_shares
 from qplugins.kernels.linear.spec import Spec
-from qplugins.kernels.linear.tiles import multiprocessors
+from qplugins.kernels.linear.tiles import cdiv, multiprocessors
 
 # found on an H200 with Triton 3.6, over the layers of Llama 8B and a square one of 70B
 BLOCK_N = 64  # rows of W
@@ -79,15 +79,15 @@ def block_m(m: int) -> int:
 
 
 def blocks(spec: Spec) -> int:
-    return triton.cdiv(spec.n, BLOCK_N)
+    return cdiv(spec.n, BLOCK_N)
 
 
 def shares(spec: Spec, device: torch.device) -> tuple[int, int]:
     """(programs that share K, steps of each): a program for each multiprocessor, with four steps at least to fill its buffers."""
     steps = spec.k // BLOCK_K
     split = max(1, min(multiprocessors(device) // blocks(spec), steps // 4))
-    each = triton.cdiv(steps, split)
-    return triton.cdiv(steps, each), each
+    each = cdiv(steps, split)
+    return cdiv(steps, each), each
 
 
 def variants(spec: Spec, device: torch.device) -> dict[tuple[int, bool], int]:

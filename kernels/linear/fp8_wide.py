@@ -20,7 +20,6 @@ from functools import cache, lru_cache
 from math import inf
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qplugins.kernels.common.device import after_previous, on_hopper
 from qplugins.kernels.linear.spec import Spec
-from qplugins.kernels.linear.tiles import multiprocessors
+from qplugins.kernels.linear.tiles import cdiv, multiprocessors
 from qplugins.kernels.linear.wide import (
     ROWS,
     SHARED_MEMORY,
@@ -241,7 +240,7 @@ def constants(tile: WideTile) -> dict:
     parts = tile.block_n // 64
     # the loader comes with four warps' registers, keeps 24 of each thread's, and gives the others to the consumers. They have two sums and what
     # else there is, or what is left
-    maxnreg = min(triton.cdiv((tile.block_m + 48) * parts + 24, 8 * (parts + 1)) * 8, 65536 // (128 * (parts + 1)))
+    maxnreg = min(cdiv((tile.block_m + 48) * parts + 24, 8 * (parts + 1)) * 8, 65536 // (128 * (parts + 1)))
     return {
         "PARTS": parts,
         "BLOCK_M": tile.block_m,
@@ -262,7 +261,7 @@ def cycles(
 
     step, block, sums, start, memory  as TILES, BLOCK, SUM, START and MEMORY have them
     """
-    blocks, steps = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), triton.cdiv(k, 128)
+    blocks, steps = cdiv(m, tile.block_m) * cdiv(n, tile.block_n), cdiv(k, 128)
     own, besides = busiest(tile, blocks, steps, sms, block, sums)
     by_memory = n * k / (memory * sms)
     last = blocks % sms
@@ -315,7 +314,7 @@ def linear(
     """
     m, n = q.shape[0], spec.n
     tile = tile or choose(m, spec, q.device)
-    blocks, steps = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), triton.cdiv(spec.k, 128)
+    blocks, steps = cdiv(m, tile.block_m) * cdiv(n, tile.block_n), cdiv(spec.k, 128)
     programs = multiprocessors(q.device)
     alone, share, work = blocks, 1, row
     if tile.shared:

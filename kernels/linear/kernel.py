@@ -22,7 +22,7 @@ from qplugins.kernels.linear.product import (
     sum_shares,
 )
 from qplugins.kernels.linear.spec import Spec
-from qplugins.kernels.linear.tiles import Tile, balanced, choose, multiprocessors
+from qplugins.kernels.linear.tiles import Tile, balanced, cdiv, choose, multiprocessors
 
 
 # sizes that change from call to call must not each have a compilation of their own
@@ -71,7 +71,7 @@ def linear_kernel(
 
 def early(m: int, spec: Spec, tile: Tile, device: torch.device) -> bool:
     """Whether a product of m rows is launched beside the kernel in front of it."""
-    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(spec.n, tile.block_n) * shares(triton.cdiv(spec.k, tile_k(spec)), tile)[0]
+    programs = cdiv(m, tile.block_m) * cdiv(spec.n, tile.block_n) * shares(cdiv(spec.k, tile_k(spec)), tile)[0]
     return on_hopper() and tile.room > 0 and balanced(programs, tile.room, multiprocessors(device))
 
 
@@ -84,7 +84,7 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     m = x.shape[0]
     tile = tile or choose(m, spec, x.device)
     tiles_k = t["codes"].shape[1]
-    blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(spec.n, tile.block_n)
+    blocks_m, blocks_n = cdiv(m, tile.block_m), cdiv(spec.n, tile.block_n)
     split, steps, work = share_k(tiles_k, tile, blocks_m * blocks_n, t["locks"])
     scale, zero, grouped = of_groups(t, t["row"])
     pdl = early(m, spec, tile, x.device)

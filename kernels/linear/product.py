@@ -29,7 +29,7 @@ from qplugins.kernels.decode.int4 import decode_int4
 from qplugins.kernels.decode.int8 import decode_int8
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.spec import Spec
-from qplugins.kernels.linear.tiles import Tile
+from qplugins.kernels.linear.tiles import Tile, cdiv
 
 PTX = not INTERPRET.value and torch.version.hip is None
 
@@ -306,9 +306,9 @@ def powers(spec: Spec, dtype: torch.dtype) -> tuple[int, int]:
 
 def shares(tiles_k: int, tile: Tile) -> tuple[int, int]:
     """(split_k, steps of each share): tile.split_k shares where there are as many steps, and none without a step."""
-    steps = triton.cdiv(tiles_k, tile.step)
-    each = triton.cdiv(steps, min(tile.split_k, steps))
-    return triton.cdiv(steps, each), each
+    steps = cdiv(tiles_k, tile.step)
+    each = cdiv(steps, min(tile.split_k, steps))
+    return cdiv(steps, each), each
 
 
 def share_k(tiles_k: int, tile: Tile, blocks: int, locks: Tensor | None) -> tuple[int, int, Tensor | None]:

@@ -76,6 +76,11 @@ DEFAULT = (
 )
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Not triton.cdiv, which takes microseconds, and launches ask for several."""
+    return -(-a // b)
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 132 where there is none, an H100's."""
@@ -88,7 +93,7 @@ def balanced(programs: int, room: int, multiprocessors: int) -> bool:
 
     room  programs that a multiprocessor has room for
     """
-    each = -(-programs // multiprocessors)
+    each = cdiv(programs, multiprocessors)
     return each >= room or 2 * each <= room
 
 
@@ -133,7 +138,7 @@ def table_of(device: torch.device) -> tuple[Entry, ...]:
 
 def choose(m: int, spec: Spec, device: torch.device) -> Tile:
     """The tile for a product of m rows."""
-    tile = _choose(m, spec.n, -(-spec.k * spec.bits // 256), device)
+    tile = _choose(m, spec.n, cdiv(spec.k * spec.bits, 256), device)
     if spec.bits == 8:
         # a tile is half as wide, and a step of one would leave the tensor core too little
         return replace(tile, step=2 * tile.step if m > 16 else tile.step, room=0)
@@ -150,9 +155,9 @@ def pick(entry: Entry, m: int, n: int, tiles_k: int, multiprocessors: int) -> Ti
     """The entry's tile for m rows of x and a matrix of n rows and tiles_k tiles of columns."""
     many, few = entry.many, entry.few
     programs = 4 * multiprocessors
-    if -(-m // many.block_m) * -(-n // many.block_n) * many.warps >= programs * (1.6 if m <= 128 else 3):
+    if cdiv(m, many.block_m) * cdiv(n, many.block_n) * many.warps >= programs * (1.6 if m <= 128 else 3):
         return many
-    blocks_m = -(-m // few.block_m)
+    blocks_m = cdiv(m, few.block_m)
     # what fills the GPU; every share has at least four steps to fill its pipeline with
-    share = round(programs / (blocks_m * -(-n // few.block_n)))
+    share = round(programs / (blocks_m * cdiv(n, few.block_n)))
     return replace(few, split_k=1 if blocks_m > LOCKS else max(1, min(share, entry.most, tiles_k // few.step // 4)))

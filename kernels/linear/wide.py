@@ -45,7 +45,7 @@ from qplugins.kernels.decode.int8 import decode_int8
 from qplugins.kernels.linear.layout import INTEGERS, LOCKS, named, scale_word_bits, tile_k
 from qplugins.kernels.linear.product import _scale_of, block_at, powers
 from qplugins.kernels.linear.spec import Spec
-from qplugins.kernels.linear.tiles import multiprocessors
+from qplugins.kernels.linear.tiles import cdiv, multiprocessors
 
 # as Triton 3.6 calls them, and as later ones do
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -610,9 +610,9 @@ def share_out(blocks: int, steps: int, programs: int) -> tuple[int, int]:
     left = blocks % programs
     if left == 0:
         return blocks, 1
-    even = triton.cdiv(left * steps, programs)
+    even = cdiv(left * steps, programs)
     # with as many programs for each block none has parts of two
-    whole = triton.cdiv(steps, programs // left)
+    whole = cdiv(steps, programs // left)
     return blocks - left, whole if whole <= max(even + PART, 1.1 * even) else even
 
 
@@ -629,7 +629,7 @@ def busiest(tile: WideTile, blocks: int, steps: int, sms: int, block: float, sum
     block, sums  cycles of a block or a part of one besides its steps, and bytes of sums in a cycle
     """
     if not tile.shared:
-        rounds = triton.cdiv(blocks, sms)
+        rounds = cdiv(blocks, sms)
         return rounds * steps, rounds * block
     alone, share = share_out(blocks, steps, sms)
     if blocks == alone:
@@ -645,11 +645,11 @@ def cycles(tile: WideTile, step: float, m: int, n: int, k: int, sms: int, block:
 
     step, block, sums  as TILES, BLOCK and SUM have them
     """
-    blocks, steps = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), triton.cdiv(k, 64)
+    blocks, steps = cdiv(m, tile.block_m) * cdiv(n, tile.block_n), cdiv(k, 64)
     own, besides = busiest(tile, blocks, steps, sms, block, sums)
     if tile.shared and own < inf:
         alone, share = share_out(blocks, steps, sms)
-        if blocks - alone > LOCKS * triton.cdiv(n, 64):
+        if blocks - alone > LOCKS * cdiv(n, 64):
             return inf
         if share < steps:
             besides += max(0, again(tile, m, k, blocks - alone) / (MEMORY * sms) - share * step)
@@ -698,7 +698,7 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     t = named("triton", spec, tensors)
     m, codes, row = x.shape[0], t["codes"], t["row"]
     tile = tile or choose(m, spec, x.device)
-    blocks, steps = triton.cdiv(m, tile.block_m) * triton.cdiv(spec.n, tile.block_n), triton.cdiv(spec.k, 64)
+    blocks, steps = cdiv(m, tile.block_m) * cdiv(spec.n, tile.block_n), cdiv(spec.k, 64)
     programs = multiprocessors(x.device)
     alone, share, work = blocks, 1, row
     if tile.shared:
