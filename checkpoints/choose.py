@@ -96,7 +96,7 @@ def choose(
     """The choice of least predicted KL with at most `bits` bits a weight in the matrices chosen for, or `nbytes` bytes of all tensors.
 
     costs  name -> format -> nats a token, of `sensitivities`
-    Raises ValueError for a budget below the smallest possible, which it names.
+    Raises ValueError for a budget below the smallest possible, which it names, and for costs that are not finite.
     """
     if (bits is None) == (nbytes is None):
         raise ValueError("a budget is either bits a weight or bytes")
@@ -113,6 +113,9 @@ def choose(
         given = f"{bits:g} bits a weight" if bits is not None else f"{nbytes:,} bytes"
         raise ValueError(f"a budget of {given} is too small: the least that {formats} come to is {smallest}")
     losses = [[costs[x.name][f.name] for f in candidates.options[x.name]] for x in layers]
+    for layer, loss in zip(layers, losses, strict=True):
+        if not all(map(math.isfinite, loss)):
+            raise ValueError(f"{layer.name}: its costs are {', '.join(f'{x:g}' for x in loss)}, so the model overflowed; measure in bfloat16 or float32")
     found = spend(losses, sizes, budget)
     formats = {x.name: candidates.options[x.name][j] for x, j in zip(layers, found, strict=True)}
     modules = tuple(Module(x.name, x.kind, x.n, x.k) for x in candidates.layers)

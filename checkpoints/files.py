@@ -123,19 +123,29 @@ class full_disk:
 
 
 def other_files(path: Path) -> list[Path]:
-    """Tokenizer, generation config and whatever else the folder has that is no weight."""
-    files = []
-    for f in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in f.relative_to(path).parts)
-        if (
-            f.is_file()
-            and not hidden
-            and f.suffix not in WEIGHT_SUFFIXES
-            and f.name not in ("config.json", *QUANTIZATION_FILES)
-            and not f.name.endswith(".index.json")
-        ):
-            files.append(f)
-    return files
+    """Tokenizer, generation config and whatever else the folder has that is no weight of the model; with a sentence-transformer's further modules,
+    which `modules.json` lists, weights and all.
+
+    Raises ValueError where that is no list of modules.
+    """
+    folders = {path / name for name in _sentence_modules(path / "modules.json")} - {path}
+    return [f for f in sorted(path.rglob("*")) if f.is_file() and _is_other(f, path, folders)]
+
+
+def _sentence_modules(file: Path) -> list[str]:
+    try:
+        return [module["path"] for module in json.loads(file.read_text())] if file.exists() else []
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{file} is no list of modules with a path each: {e!r}") from None
+
+
+def _is_other(file: Path, path: Path, modules: set[Path]) -> bool:
+    if any(part.startswith(".") for part in file.relative_to(path).parts):
+        return False
+    if file.suffix in WEIGHT_SUFFIXES:
+        return file.suffix == ".safetensors" and not modules.isdisjoint(file.parents)
+    # these are about the model's own weights
+    return file.parent != path or not (file.name in ("config.json", *QUANTIZATION_FILES) or file.name.endswith(".index.json"))
 
 
 def check_room(out: Path, need: int) -> None:

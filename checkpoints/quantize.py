@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qplugins.checkpoints.files import MAX_SHARD_SIZE, TensorFiles, check_room, other_files, staged, write_others
-from qplugins.checkpoints.reader import Checkpoint
+from qplugins.checkpoints.reader import Checkpoint, is_head
 from qplugins.formats import CheckpointError, Format, packed
 from qplugins.kernels.quantized import QuantizedTensor
 from qplugins.layer_map import Assignment, LayerMap, fused_siblings, to_config
@@ -145,7 +145,7 @@ def _plan(src: str | Path | Checkpoint, layer_map: LayerMap, pack: bool) -> tupl
     if source.quantization_config:
         raise CheckpointError(f"{source.path} has a quantization_config: this checkpoint is quantized already; start from the original")
     source.check()
-    heads = [m for m in source.modules() if source.tied and m.name.rsplit(".", 1)[-1] == "lm_head"]
+    heads = [m for m in source.modules() if source.tied and is_head(m.name)]
     assignment = layer_map.assign([m for m in source.modules() if m not in heads], [m.name for m in heads] or ["lm_head"] * source.tied)
     if pack:
         assignment = Assignment(assignment.modules, tuple(packed(fmt, m.n, m.k) for m, fmt in assignment))

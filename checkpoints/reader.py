@@ -90,6 +90,11 @@ def kind_of(name: str) -> str:
     return "Embedding" if name.rsplit(".", 1)[-1] in EMBEDDINGS else "Linear"
 
 
+def is_head(name: str) -> bool:
+    """Whether a module of that name is a language model's output head, maybe one inside of a larger model."""
+    return name.rpartition(".")[2] == "lm_head"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """path; config: config.json; tensors: name -> Entry, in the order of the files."""
@@ -160,9 +165,9 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the embedding, and no matrix of its own."""
-        declared = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
-        return declared if declared is not None else not any(t.startswith("lm_head.") for t in self.tensors)
+        """Whether the output head is the embedding, and no matrix of its own: as the language model's config has it, which is what engines go by."""
+        declared = self.text_config.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))
+        return declared if declared is not None else not any(is_head(t.rpartition(".")[0]) for t in self.tensors)
 
     @cached_property
     def _quantization(self) -> tuple[Path, Mapping[str, Any]]:

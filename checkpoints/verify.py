@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qplugins.checkpoints.reader import Checkpoint, StoredModule
+from qplugins.checkpoints.reader import Checkpoint, StoredModule, is_head
 from qplugins.formats import CheckpointError
 from qplugins.kernels.quantized import QuantizedTensor
 
@@ -85,7 +85,11 @@ def _blocks(t: Tensor):
 
 
 def _values_problem(name: str, t: Tensor) -> str | None:
-    """What is wrong with the values of a tensor, as a sentence; None where nothing is."""
+    """What is wrong with the values of a tensor, as a sentence; None where nothing is.
+
+    A block of zeros may have an e4m3 scale of zero. Integers with 16-bit scales may have negative ones: AutoRound takes the sign with which the largest
+    weight is met by -8.
+    """
     param = name.rpartition(".")[2]
     is_scale = param.endswith(("_scale", "_scale_2")) or param == "scales"
     if t.dtype == torch.uint8 and is_scale:
@@ -98,8 +102,8 @@ def _values_problem(name: str, t: Tensor) -> str | None:
         b = b.to(torch.float32)
         bad += int((~b.isfinite()).sum())
         if is_scale:
-            zero += int((b == 0).sum())
-            negative += int((b < 0).sum())
+            zero += int((b == 0).sum()) if t.element_size() > 1 else 0
+            negative += int((b < 0).sum()) if t.element_size() != 2 else 0
     if bad:
         return f"{name}: expected finite values, found {bad} of {t.numel()} NaN or infinite"
     if zero or negative:
@@ -141,6 +145,6 @@ def _compare(checkpoint: Checkpoint, source: Checkpoint, result: Verification) -
             result.errors[module.name] = error
             if not error < UNRELATED:
                 result.problems.append(f"{module.name}: relative error {error:.3f} against {source.path}; it is not the same matrix")
-    tied = {n for n in originals if checkpoint.tied and n.rsplit(".", 1)[-1] == "lm_head"}
+    tied = {n for n in originals if checkpoint.tied and is_head(n)}
     result.problems += [f"{n}: missing; {source.path} has it" for n in originals.keys() - {m.name for m in checkpoint.modules()} - tied]
     result.errors = dict(sorted(result.errors.items(), key=lambda x: -x[1]))

@@ -253,6 +253,14 @@ def test_budget_is_kept_by_the_maps_own_account(request, tmp_path, name, embeddi
     assert choose(candidates, made_up_costs(candidates), nbytes=choice.nbytes).assignment == choice.assignment
 
 
+def test_costs_that_are_not_finite_are_named(llama):
+    candidates = Candidates.of(Checkpoint.open(llama), ["nvfp4", "bf16"])
+    costs = {name: {"nvfp4": 1e-6, "bf16": 0.0} for name in candidates.options}
+    costs["model.layers.1.self_attn.k_proj"]["nvfp4"] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj: its costs are nan, 0, so the model overflowed"):
+        choose(candidates, costs, bits=8)
+
+
 def test_siblings_of_a_fused_layer_get_formats_of_their_own(llama):
     candidates = Candidates.of(Checkpoint.open(llama), ["nvfp4", "int8", "bf16"])
     costs = {name: {"nvfp4": 1e-6, "int8": 1e-7, "bf16": 0.0} for name in candidates.options}

@@ -499,7 +499,7 @@ def test_headers_tell(src, layout, tensors, message):
         ("gptq", lambda t: t[f"{Q.format(0)}.g_idx"][5:6].fill_(1), "g_idx: expected groups of 64 neighbouring columns, found column 5 in group 1; the columns were ordered"),
         ("gptq", lambda t: t[f"{Q.format(0)}.qzeros"][0, :1].fill_(0), "qzeros: expected 8 throughout, since the config says sym, found others"),
         ("gptq", lambda t: t[f"{Q.format(0)}.scales"][0, :2].fill_(float("nan")), "scales: expected finite values, found 2 of 256 NaN or infinite"),
-        ("awq", lambda t: t[f"{Q.format(0)}.scales"][0, :2].neg_(), "scales: expected positive scales, of 256 found 0 zero and 2 negative"),
+        ("awq", lambda t: t[f"{Q.format(0)}.scales"][0, :2].zero_(), "scales: expected positive scales, of 256 found 2 zero and 0 negative"),
     ],
 )  # fmt: skip
 def test_values_tell(src, tmp_path, layout, tensors, problem):

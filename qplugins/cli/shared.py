@@ -1,7 +1,7 @@
 """What the commands share: how they fail, and how they print.
 
 With `--json` stdout carries one JSON object and nothing else. Progress bars and errors go to stderr.
-Exit codes: 0; 1 where what was looked at has problems; 2 where the command could not do its work; 130 after Ctrl-C.
+Exit codes: 0; 1 where what was looked at has problems; 2 where the command could not do its work; 130 after Ctrl-C, 143 and 129 after SIGTERM and SIGHUP.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with _tidy_end():
+                return command(*args, **kwargs)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
@@ -43,6 +45,24 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
     return run
+
+
+@contextmanager
+def _tidy_end() -> Iterator[None]:
+    """Has the signals of schedulers and closing terminals end a command as an exception does, so that what it was writing is removed."""
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    # what is ignored, as under nohup, stays so
+    before = {number: h for number in (signal.SIGTERM, signal.SIGHUP) if (h := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def sentence(e: Exception) -> str:

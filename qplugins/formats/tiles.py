@@ -78,9 +78,6 @@ def _store(q: QuantizedTensor, twin: Format) -> dict[str, Tensor]:
 
 
 def _problem(tensors: Mapping[str, Tensor], n: int, k: int) -> str | None:
-    name = NAMES["scale"]
-    if name in tensors and (negative := int((tensors[name] < 0).sum())):
-        return f"{name}: expected no scale below zero, found {negative} of {tensors[name].numel()}"
     name = NAMES["columns"]
     if name in tensors and not tensors[name].sort().values.equal(torch.arange(k, dtype=torch.int32, device=tensors[name].device)):
         return f"{name}: expected each of the columns 0..{k - 1} once, found others"

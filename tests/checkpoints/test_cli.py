@@ -1,6 +1,7 @@
 """The commands: exit codes, what goes where, and that `--json` is JSON and nothing else."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_installed_command(src, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"qplugins: {tmp_path}/nothing is not a folder; a checkpoint is a folder with config.json and safetensors files\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_behind(src, tmp_path, number):
+    """The process sends it to itself while it writes."""
+    code = f"""
+import os, qplugins.checkpoints.files as files
+files.TensorFiles._write = lambda self: os.kill(os.getpid(), {number})
+from qplugins.cli import app
+app(["quantize", {str(src)!r}, {str(tmp_path / "out")!r}, "--map", "nvfp4"])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 128 + number
+    assert {p.name for p in tmp_path.iterdir()} == {"src"}
 
 
 def test_quantize(src, tmp_path):

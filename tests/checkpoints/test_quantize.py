@@ -97,6 +97,22 @@ def test_config_and_other_files(src, tmp_path):
     assert before == after and config["quant_method"] == "compressed-tensors" and "lm_head" in config["ignore"]
 
 
+def test_folders_of_other_modules(src, tmp_path):
+    """A sentence-transformer's pooling and dense layer are copied; what lies about elsewhere is not, if it is weights."""
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    (src / "modules.json").write_text(json.dumps(modules))
+    for file in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "draft/model.safetensors"):
+        (src / file).parent.mkdir(exist_ok=True)
+        (src / file).write_text("{}")
+    quantize(src, tmp_path / "out", NVFP4)
+    assert {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "templates/chat.jinja", "modules.json", "1_Pooling/config.json", "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+    }  # fmt: skip
+    (src / "modules.json").write_text('{"path": 1}')
+    refused(tmp_path, ValueError, "modules.json is no list of modules", src, out="again")
+
+
 def test_files_of_at_most_the_wanted_size(src, tmp_path):
     limit = 60_000
     report = quantize(src, tmp_path / "out", NVFP4, max_shard_size=limit)

@@ -93,6 +93,22 @@ def test_tied(tied_src):
     assert c.tied and "lm_head" not in {m.name for m in c.modules()}
 
 
+@pytest.mark.parametrize("head", ["lm_head", "language_model.lm_head"])
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({}, False),
+        ({"tie_word_embeddings": True}, True),
+        ({"text_config": {"num_hidden_layers": 3}}, False),
+        ({"text_config": {"num_hidden_layers": 3, "tie_word_embeddings": False}, "tie_word_embeddings": True}, False),
+        ({"text_config": {"num_hidden_layers": 3}, "tie_word_embeddings": True}, True),
+    ],
+)
+def test_a_head_counts_where_the_language_model_says_so_or_nobody_says_otherwise(tmp_path, helpers, head, config, tied):
+    tensors = {name.replace("lm_head", head): t for name, t in helpers.make_tensors().items()}
+    assert Checkpoint.open(helpers.write_model(tmp_path / "src", tensors, **config)).tied == tied
+
+
 def test_a_class_in_the_config_does_not_claim_plain_matrices(quantized):
     """Routers and position tables are no Linear in the model, which only their being stored plainly shows."""
 

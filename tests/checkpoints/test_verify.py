@@ -49,7 +49,7 @@ def test_without_a_source(quantized):
     ("name", "change", "problem"),
     [
         (f"{Q}.weight_scale", lambda t: t.view(torch.uint8)[3, :2].fill_(0x7F), f"{Q}.weight_scale: expected finite values, found 2 of 1024 NaN or infinite"),
-        (f"{Q}.weight_scale", lambda t: t.view(torch.uint8)[3, :2].fill_(0x80), f"{Q}.weight_scale: expected positive scales, of 1024 found 2 zero and 0 negative"),
+        (f"{Q}.weight_scale", lambda t: t.view(torch.uint8)[3, :2].fill_(0x81), f"{Q}.weight_scale: expected positive scales, of 1024 found 0 zero and 2 negative"),
         (f"{Q}.weight_global_scale", lambda t: t.fill_(float("inf")), f"{Q}.weight_global_scale: expected finite values, found 1 of 1 NaN or infinite"),
         (f"{Q}.weight_global_scale", lambda t: t.neg_(), f"{Q}.weight_global_scale: expected positive scales, of 1 found 0 zero and 1 negative"),
         (f"{GATE}.weight_scale", lambda t: t[0, 0].fill_(255), f"{GATE}.weight_scale: 1 of 1024 e8m0 scales are 255, which is NaN"),
@@ -64,8 +64,16 @@ def test_damaged_values(quantized, src, name, change, problem):
     assert verify(quantized).problems == [problem] == verify(quantized, src).problems
 
 
-def test_negative_values_are_no_problem_in_weights_and_norms(quantized):
-    poke(quantized, "model.norm.weight", lambda t: t.neg_())
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.norm.weight", lambda t: t.neg_()),
+        (f"{Q}.weight_scale", lambda t: t.view(torch.uint8)[3, :2].fill_(0)),  # of blocks of zeros
+        (f"{DOWN}.weight_scale", lambda t: t[:2].neg_()),  # 16 bits, of integers
+    ],
+)
+def test_values_that_are_no_problem(quantized, name, change):
+    poke(quantized, name, change)
     assert verify(quantized).problems == []
 
 

@@ -18,7 +18,8 @@ def spec(text: str, n: int, k: int) -> Spec:
 
 
 def quantized(s: Spec, device: torch.device) -> QuantizedTensor:
-    """Every code but NaN; scales over several powers of two, zero among the e4m3 ones; zero points over their whole range."""
+    """Every code but NaN; scales over several powers of two, zero among the e4m3 ones, of integers on both sides of zero; zero points over their whole
+    range."""
     groups = 1 if s.group is None else s.k // s.group
     codes = torch.randint(0, 1 << s.bits, (s.n, s.k), dtype=torch.uint8)
     if s.code == "e4m3":
@@ -29,6 +30,8 @@ def quantized(s: Spec, device: torch.device) -> QuantizedTensor:
         scale = torch.randint(105, 125, (s.n, groups), dtype=torch.uint8)
     else:
         scale = (torch.rand(s.n, groups) + 0.5) * torch.exp2(torch.randint(-14, -4, (s.n, groups)))
+        if s.code.startswith("int"):
+            scale *= torch.randint(0, 2, scale.shape) * 2 - 1
         scale = scale.to(SCALES[s.scale])
     zero = None
     if s.zero_point:
