@@ -115,7 +115,9 @@ def choose(
     losses = [[costs[x.name][f.name] for f in candidates.options[x.name]] for x in layers]
     for layer, loss in zip(layers, losses, strict=True):
         if not all(map(math.isfinite, loss)):
-            raise ValueError(f"{layer.name}: its costs are {', '.join(f'{x:g}' for x in loss)}, so the model overflowed; measure in bfloat16 or float32")
+            raise ValueError(
+                f"{layer.name}: its costs are {', '.join(f'{x:g}' for x in loss)}, so the model overflowed; measure in bfloat16 or float32"
+            )
     found = spend(losses, sizes, budget)
     formats = {x.name: candidates.options[x.name][j] for x, j in zip(layers, found, strict=True)}
     modules = tuple(Module(x.name, x.kind, x.n, x.k) for x in candidates.layers)

@@ -202,14 +202,15 @@ class Checkpoint:
 
     @property
     def served_map(self) -> LayerMap | None:
-        """The layer map, for engines: matrices that are stored plainly are ignored, although their class is a target.
+        """The layer map, for engines: matrices that are stored plainly are ignored by their names.
 
-        A config need not name what it leaves alone (AutoGPTQ's does not), and here it can be seen.
+        A config need not name what it leaves alone (AutoGPTQ's does not), or may by an expression, which means nothing where an engine's model has
+        other names; and here it can be seen.
         """
         if self.layer_map is None:
             return None
-        plain = [m.name for m in self.modules() if not m.format.quantized and self.layer_map.rule_for(m.name, m.kind)]
-        return replace(self.layer_map, ignore=(*self.layer_map.ignore, *plain))
+        plain = [m.name for m in self.modules() if not m.format.quantized]
+        return replace(self.layer_map, ignore=tuple(dict.fromkeys((*self.layer_map.ignore, *plain))))
 
     @cached_property
     def _grouped(self) -> dict[str, dict[str, Entry]]:

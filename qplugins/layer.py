@@ -129,7 +129,14 @@ class MixedLinear(nn.Module):
         self.plan = ""
 
     def load(self, param: str, tensor: Tensor, ids: Sequence[int]) -> None:
-        """Hands a checkpoint tensor to the shard it belongs to; one that covers several, fused on disk, is split along its rows."""
+        """Hands a checkpoint tensor to the shard it belongs to; one that covers several, fused on disk, is split along its rows.
+
+        Raises CheckpointError for one that comes after `finish`.
+        """
+        if self.plan:
+            raise CheckpointError(
+                f"{param}: the layer is loaded already, and its weights cannot be loaded anew; start the engine again instead"
+            )
         if len(ids) == 1:
             self.shards[ids[0]].load(param, tensor)
             return

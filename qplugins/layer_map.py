@@ -207,9 +207,12 @@ class LayerMap:
         return _Targets([t for t, _ in pairs]), [r for _, r in pairs]
 
     def rename(self, renamed: Callable[[str], str]) -> "LayerMap":
-        """The map with every target passed through `renamed`."""
-        rules = (Rule(tuple(renamed(t) for t in r.targets), r.formats) for r in self.rules)
-        return LayerMap(tuple(rules), tuple(renamed(t) for t in self.ignore), self.strict)
+        """The map with what `renamed` makes of each target before it."""
+
+        def both(targets: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(name for t in targets for name in (renamed(t), t)))
+
+        return LayerMap(tuple(Rule(both(r.targets), r.formats) for r in self.rules), both(self.ignore), self.strict)
 
     def rule_for(self, name: str, kind: str = "Linear") -> Rule | None:
         """The rule that decides on a module; None where it stays unquantized."""

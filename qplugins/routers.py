@@ -29,9 +29,15 @@ def shards(names: Sequence[str], formats: Sequence[Format], parts: Sequence[Span
     return [Shard(name, fmt, part, dtype) for name, fmt, part in zip(_each(names, parts), formats, parts, strict=True)]
 
 
+# matrices that engines build as several parts, and load as one (Qwen3.5's query, key and value of linear attention)
+PARTS = {"in_proj_qkv": 3}
+
+
 def _each(names: Sequence[str], parts: Sequence[Span]) -> Sequence[str]:
     if len(names) == 1:
         return [*names] * len(parts)
+    if len(names) != len(parts):
+        names = [name for name in names for _ in range(PARTS.get(name.rpartition(".")[2], 1))]
     if len(names) != len(parts):
         raise ValueError(
             f"{', '.join(names)}: the engine builds this layer of {len(parts)} matrices, its model names {len(names)}; it cannot be quantized"

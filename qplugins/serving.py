@@ -7,7 +7,7 @@ from typing import Any
 
 from qplugins.formats import PRODUCERS, modelopt, producer
 from qplugins.kv_map import KVMap
-from qplugins.layer_map import PRESETS, LayerMap
+from qplugins.layer_map import PRESETS, LayerMap, is_name
 
 # Models that fuse need not say so, or say it too late; one that does, as where a checkpoint's qkv is fused already, is believed.
 PACKED = {
@@ -87,14 +87,30 @@ def part_names(packed: Mapping[str, Sequence[str]], prefix: str) -> list[str]:
 
 
 def rename(layer_map: LayerMap, renamed: Callable[[str], str | None]) -> LayerMap:
-    """The map with its module names as the engine's model has them. `renamed` takes a weight's name, and gives None for one that is dropped."""
+    """The map with its module names as the engine's model has them, and as they were: an engine's table of names may be one for tensors only.
+
+    renamed  takes a weight's name, and gives None for one that is dropped
+    """
 
     def target(name: str) -> str:
-        if name.startswith("re:") or "." not in name:
-            return name
-        return (renamed(f"{name}.weight") or f"{name}.weight").removesuffix(".weight")
+        return (renamed(f"{name}.weight") or f"{name}.weight").removesuffix(".weight") if is_name(name) else name
 
     return layer_map.rename(target)
+
+
+def nothing_quantized(stored: Sequence[str], built: Mapping[str, bool]) -> str | None:
+    """A sentence, where an engine's model has a place for none of a checkpoint's quantized matrices: it would be served as it is initialized.
+
+    stored  names of those matrices       built  the engine's layers and experts -> whether the map has a format for one of their matrices
+    """
+    numbered = [name for name in built if re.search(r"\blayers\.\d+\.", name)]
+    # a draft model of one layer may be plain where the rest is not
+    if not stored or any(built.values()) or len({re.search(r"\blayers\.(\d+)\.", name)[1] for name in numbered}) < 2:
+        return None
+    return (
+        f"the checkpoint stores {len(stored)} matrices quantized, {stored[0]} the first, and the engine's model has a place for none of them: "
+        f"it calls its layers like {numbered[0]}. Leave out --quantization qplugins, or name the layers as this model's code does"
+    )
 
 
 def plain_checkpoint() -> ValueError:

@@ -416,6 +416,8 @@ def test_served_map_leaves_alone_what_is_plain(written, src):
     checkpoint = Checkpoint.open(change(written[0], plain)).check()
     assert checkpoint.layer_map.rule_for(name) is not None and checkpoint.served_map.rule_for(name) is None
     assert checkpoint.served_map.rule_for("lm_head") is None and checkpoint.served_map.rule_for(Q.format(1)) is not None
+    # by its name, whichever way the config says so: names are what engines change
+    assert {name, "lm_head", "model.embed_tokens"} <= set(checkpoint.served_map.ignore)
 
 
 def test_convert(written, tmp_path):

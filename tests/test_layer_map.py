@@ -3,6 +3,7 @@
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
 
+from qplugins import serving
 from qplugins.formats import FORMATS
 from qplugins.layer_map import FUSED, PRESETS, LayerMap, Module, Rule, fused_siblings, is_name, match, to_config
 
@@ -253,4 +254,35 @@ def test_a_config_that_names_every_module_of_a_large_model_is_quick():
 
 def test_rename():
     m = LayerMap.preset("nvfp4", 2).rename(lambda t: t.replace("Linear", "Conv"))
-    assert m.rules[0].targets == ("Conv",) and not m.strict
+    assert m.rules[0].targets == ("Conv", "Linear") and not m.strict
+
+
+def test_names_that_an_engine_changes():
+    """Names with and without a dot, in rules and under ignore; classes and expressions stay. What it does not really change counts too."""
+    m = layer_map(("model.layers.0.mlp.up_proj", "nvfp4"), ("Linear", "fp8"), ignore=("lm_head", "re:.*gate$", "model.visual.proj"))
+    changes = {"lm_head.": "language_model.lm_head.", "model.layers.": "language_model.model.layers.", "model.visual.": "visual."}
+
+    def renamed(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in changes.items() if name.startswith(old)), name)
+
+    found = serving.rename(m, renamed)
+    for name in ("language_model.lm_head", "lm_head", "language_model.model.layers.0.mlp.gate", "visual.proj", "model.visual.proj"):
+        assert found.rule_for(name) is None
+    for name in ("language_model.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"):
+        assert found.rule_for(name).formats[0].name == "nvfp4"
+    assert found.rule_for("language_model.model.layers.0.mlp.down_proj").formats[0].name == "fp8"
+    assert serving.rename(m, lambda name: None).rule_for("lm_head") is None  # of a weight that the engine drops
+
+
+@pytest.mark.parametrize(
+    ("stored", "built", "refused"),
+    [
+        (["model.layers.0.a"], {"x.layers.0.a": False, "x.layers.1.a": False}, True),
+        (["model.layers.0.a"], {"x.layers.0.a": False, "x.layers.1.a": True}, False),
+        (["model.layers.0.a"], {"model.layers.61.a": False, "model.layers.61.b": False}, False),  # a draft model
+        ([], {"x.layers.0.a": False, "x.layers.1.a": False}, False),
+    ],
+)
+def test_a_model_in_which_nothing_is_quantized(stored, built, refused):
+    problem = serving.nothing_quantized(stored, built)
+    assert ("x.layers.0.a" in problem and "1 matrices" in problem) if refused else problem is None

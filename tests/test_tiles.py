@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from typer.testing import CliRunner
 
 from integration_tests import foreign
-from qplugins import experts, layer
+from qplugins import experts, layer, routers
 from qplugins.checkpoints.convert import convert
 from qplugins.checkpoints.quantize import quantize
 from qplugins.checkpoints.reader import Checkpoint
@@ -209,6 +209,25 @@ def test_layer_of_one_tensor_fused_on_disk():
     assert mixed.finish(dtype=torch.float32) == f"reference int8*bf16/64 152x{K}"
     x = torch.randn(2, K)
     torch.testing.assert_close(mixed(x), x @ q.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_layer_of_more_parts_than_matrices():
+    """Qwen3.5's linear attention: four parts, of which three are one matrix in the checkpoint."""
+    sizes, fmts = (64, 64, 24, 40), [FORMATS["nvfp4"]] * 3 + [FORMATS["int8"]]
+    qkv, z = FORMATS["nvfp4"].quantize(torch.randn(152, K), None), FORMATS["int8"].quantize(torch.randn(40, K), None)
+    layer_map = LayerMap((Rule(("re:.*in_proj_qkv$",), (FORMATS["nvfp4"],)), Rule(("Linear",), (FORMATS["int8"],))))
+    names, parts = ["m.in_proj_qkv", "m.in_proj_z"], [whole(n, K) for n in sizes]
+    assert routers.formats(layer_map, names, parts) == fmts
+    mixed = MixedLinear(routers.shards(names, fmts, parts, torch.float32))
+    for name, t in FORMATS["nvfp4"].store(qkv).items():
+        mixed.load(name, t, routers.part_of((0, 1, 2), 4))
+    for name, t in FORMATS["int8"].store(z).items():
+        mixed.load(name, t, routers.part_of(3, 4))
+    mixed.finish(dtype=torch.float32)
+    x = torch.randn(2, K)
+    torch.testing.assert_close(mixed(x), x @ torch.cat([qkv.dequantize(), z.dequantize()]).T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="builds this layer of 4 matrices, its model names 2"):
+        routers.formats(layer_map, ["m.a", "m.b"], parts)
 
 
 def test_padded_vocabulary():

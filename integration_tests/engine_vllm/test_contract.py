@@ -12,14 +12,17 @@ import torch
 import vllm
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from integration_tests import foreign
 from integration_tests.compare import dequantized_model, laid_out_model, quantized_model
 from integration_tests.engine_vllm.in_process import edited, load
 from qplugins.checkpoints.quantize import quantize
+from qplugins.formats import CheckpointError
 from qplugins.layer_map import PRESETS, LayerMap
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("plugins")]
@@ -119,6 +122,24 @@ def test_every_linear_layer_computes_with_its_dequantized_matrix(loaded):
         y = layer.quant_method.apply(layer, x)
         # both sum in float32, in another order
         torch.testing.assert_close(y, x @ w.T, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_what_others_in_vllm_ask_of_a_layer(loaded):
+    """MLA takes a projection apart, LoRA wants its device."""
+    model, want = loaded
+    for name, layer in model.named_modules():
+        if isinstance(layer, LinearBase):
+            parent, _, leaf = name.rpartition(".")
+            w = torch.cat([want[f"{parent}.{part}"] for part in PARTS.get(leaf, (leaf,))])
+            torch.testing.assert_close(get_and_maybe_dequant_weights(layer), w, rtol=1e-4, atol=1e-4)
+            assert _get_lora_device(layer).type == "cpu"
+
+
+def test_a_tensor_that_comes_late_is_refused(loaded):
+    model, _ = loaded
+    mixed = next(m.mixed for m in model.modules() if isinstance(m, LinearBase) and hasattr(m, "mixed"))
+    with pytest.raises(CheckpointError, match="the layer is loaded already"):
+        mixed.load("weight_packed", torch.zeros(1), [0])
 
 
 def test_embedding_and_head_compute_with_their_dequantized_matrix(loaded):

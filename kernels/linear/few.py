@@ -24,8 +24,8 @@ MOST = 8  # rows of x
 ROWS = 16  # of W, that a program has
 WARPS = 4
 STEP = 4  # tiles of K that a warp multiplies at a time
-# programs that multiprocessors get of a matrix -> stages of a program's pipeline, as timed on an H100. There is room for four programs of 3 stages: for
-# both of two kernels, one after the other on the stream, that have two each, or for one that has four
+# programs that multiprocessors get of a matrix -> stages of a program's pipeline, as timed on an H100. There is room for four programs of 3 stages, or three
+# of 4: for both of two kernels, one after the other on the stream, that have two or one each, or for one that has four or three
 STAGES = {1: 4, 2: 3, 3: 4, 4: 3}
 
 

@@ -18,7 +18,7 @@ import torch
 
 from qplugins.kernels.common.timing import copies, time_us
 from qplugins.kernels.linear import kernel
-from qplugins.kernels.linear.tiles import ANY, Entry, Tile, multiprocessors, pick
+from qplugins.kernels.linear.tiles import ANY, SM_90, Entry, Tile, multiprocessors, pick
 from qplugins.kernels.linear.workload import MODELS, layer
 
 # rows of x: each stands for all from the class before up to itself, the last for more too
@@ -75,7 +75,8 @@ def candidates(m: int) -> list[Tile]:
             ((64, 256, 4), (1,), (3, 4)),
         ]
     tiles = [Tile(n, b, step, w, stages) for (n, b, w), steps, stages_ in found for step, stages in itertools.product(steps, stages_)]
-    return [t for t in tiles if t.block_m * t.step * t.stages * 128 <= 200_000]
+    known = {t: t for e in SM_90 for t in (e.few, e.many)}  # how many there is room for
+    return [known.get(t, t) for t in tiles if t.block_m * t.step * t.stages * 128 <= 200_000]
 
 
 def shares(tile: Tile, m: int, n: int, tiles_k: int, sms: int) -> list[Tile]:

@@ -11,7 +11,7 @@ numbers of rows that it captures graphs for, and the largest; a prompt in betwee
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from qplugins.kernels.common.device import on_hopper
 from qplugins.kernels.linear import dense, few, fp8, kernel, wide
 from qplugins.kernels.linear.layout import tile_k
 from qplugins.kernels.linear.product import shares
-from qplugins.kernels.linear.spec import Spec, parse
+from qplugins.kernels.linear.spec import Plan, Shard, Spec, parse
 from qplugins.kernels.linear.tiles import Tile, choose
 
 MOST = dense.LEAST_ROWS - 1  # rows that kernel.py has
@@ -57,21 +57,27 @@ def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool, bool], 
 def wide_variants(spec: Spec, device: torch.device) -> dict[wide.WideTile, int]:
     """The same of wide.py, for up to MOST_WIDE rows."""
     found: dict[wide.WideTile, int] = {}
-    # one of each 32 and later of each 128, which no block of more rows divides
-    for m in (*range(32, 256, 32), *range(256, MOST_WIDE + 1, 128)):
-        if wide.suits(m, spec):
+    # one of each 32 and later of each 128, which no block of more rows divides, and where x no longer stays in the cache
+    most_cached = int(wide.CACHE // (2 * spec.k))
+    for m in (*range(32, 256, 32), *range(256, MOST_WIDE + 1, 128), most_cached, most_cached + 1):
+        if m <= MOST_WIDE and wide.suits(m, spec):
             found.setdefault(replace(wide.choose(m, spec, device), stripe_m=1), m)
     return found
 
 
-def _run_once(module, m: int, spec: Spec, tensors: list[Tensor], dtype: torch.dtype, bias: bool, *compiled_for: object) -> None:
-    """module.linear for m rows of zeros, if it has not run for these."""
-    device = tensors[0].device
-    key = (device, dtype, bias, replace(spec, n=0, k=0), module, *compiled_for)
+def _run_once(
+    module, m: int, *compiled_for: object, shard: Shard, layer: Plan, tensors: list[Tensor], dtype: torch.dtype, bias: bool
+) -> None:
+    """module.linear for m rows of zeros and a shard's columns of the layer's y, if it has not run for these."""
+    spec, device, columns = shard.spec, tensors[0].device, slice(shard.start, shard.start + shard.spec.n)
+    # also compiled for: which sizes, and where y's and the bias' columns begin, are multiples of 16, or of 16 bytes
+    multiples = spec.k % 16 == 0, spec.n % 16 == 0, layer.n % 16 == 0, shard.start % 8 == 0
+    key = (device, dtype, bias, replace(spec, n=0, k=0), module, multiples, *compiled_for)
     if key not in _done:
         _done.add(key)
-        x, y = torch.zeros(m, spec.k, dtype=dtype, device=device), torch.empty(m, spec.n, dtype=dtype, device=device)
-        module.linear(x, spec, tensors, y, torch.zeros(spec.n, dtype=dtype, device=device) if bias else None)
+        x, y = torch.zeros(m, spec.k, dtype=dtype, device=device), torch.empty(m, layer.n, dtype=dtype, device=device)
+        b = torch.zeros(layer.n, dtype=dtype, device=device)[columns] if bias else None
+        module.linear(x, spec, tensors, y[:, columns], b)
 
 
 def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> None:
@@ -79,7 +85,8 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
 
     tensors  of all shards       dtype  of x       bias  whether the layer has one
     """
-    for shard in parse(plan).shards:
+    layer = parse(plan)
+    for shard in layer.shards:
         own = tensors[shard.first : shard.first + shard.count]
         if own[0].device.type != "cuda":
             continue
@@ -88,20 +95,16 @@ def warm(plan: str, tensors: list[Tensor], dtype: torch.dtype, bias: bool) -> No
             fp8.warm(spec, own, dtype, bias)
         if shard.implementation != "triton":
             continue
-        # as TMA wants it; what else it wants a layer's x and y have
-        by_wide = on_hopper() and spec.k % 8 == 0 and spec.n % 8 == 0
-        # what else kernels are compiled for: the format, whether steps divide K, and which sizes are multiples of 16
-        multiples = spec.k % 16 == 0, spec.n % 16 == 0
+        once = partial(_run_once, shard=shard, layer=layer, tensors=own, dtype=dtype, bias=bias)
+        # as TMA wants it, see wide.refuses
+        by_wide = on_hopper() and spec.k % 8 == 0 and layer.n % 8 == 0 and shard.start % 8 == 0
         if few.suits(1, spec, device):
-            even = spec.k % (few.WARPS * few.STEP * tile_k(spec)) == 0
-            _run_once(few, 1, spec, own, dtype, bias, few.stages_of(spec, device), even, multiples)
+            once(few, 1, few.stages_of(spec, device), spec.k % (few.WARPS * few.STEP * tile_k(spec)) == 0)
         for (tile, shared, early), m in variants(spec, device).items():
-            if few.suits(m, spec, device) or (by_wide and wide.suits(m, spec)):
-                continue
-            even = spec.k % (tile.step * tile_k(spec)) == 0
-            _run_once(kernel, m, spec, own, dtype, bias, tile, shared, early, even, multiples)
+            if not (few.suits(m, spec, device) or (by_wide and wide.suits(m, spec))):
+                once(kernel, m, tile, shared, early, spec.k % (tile.step * tile_k(spec)) == 0)  # whether steps divide K
         for tile, m in wide_variants(spec, device).items() if by_wide else ():
-            _run_once(wide, m, spec, own, dtype, bias, tile)
+            once(wide, m, tile)
         key = (device, dtype, replace(spec, n=0, k=0), spec.k % (dense.TILE.step * tile_k(spec)) == 0, spec.k % 16 == 0)
         if key not in _done:
             _done.add(key)

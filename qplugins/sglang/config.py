@@ -80,6 +80,8 @@ class CheckpointConfig(MappedConfig):
         if warning := serving.unused_kv_scheme(config):
             logger.warning(warning)
         self.unseen: set[str] = set()
+        self.stored: list[str] = []
+        self.built: dict[str, bool] = {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CheckpointConfig":
@@ -109,7 +111,9 @@ class CheckpointConfig(MappedConfig):
 
             checkpoint = Checkpoint.open(model_config.model_path).check()
             self.layer_map = checkpoint.served_map or self.layer_map
-            self.unseen = {m.name for m in checkpoint.modules() if m.format.quantized and (m.kind == "Embedding" or m.name == "lm_head")}
+            quantized = [m for m in checkpoint.modules() if m.format.quantized]
+            self.unseen = {m.name for m in quantized if m.kind == "Embedding" or m.name == "lm_head"}
+            self.stored = [m.name for m in quantized if m.name not in self.unseen]
 
     def check_model(self) -> None:
         """Once the model is built, before it is loaded: SGLang only logs a tensor that has no place in it, and goes on."""
@@ -118,6 +122,18 @@ class CheckpointConfig(MappedConfig):
                 f"{', '.join(sorted(self.unseen))}: the checkpoint stores this quantized, and SGLang's model code builds it without a "
                 "quantization method; leave it in 16 bits, by naming it under ignore when quantizing"
             )
+        if problem := serving.nothing_quantized(self.stored, self.built):
+            raise ValueError(problem)
+
+    def quantized_linear(self, prefix: str) -> LinearMethod | None:
+        method = super().quantized_linear(prefix)
+        self.built[prefix] = method is not None
+        return method
+
+    def experts_method(self, layer: FusedMoE, prefix: str) -> moe.ExpertsMethod | None:
+        method = super().experts_method(layer, prefix)
+        self.built[prefix] = method is not None
+        return method
 
     def linear_method(self, names: list[str]) -> LinearMethod:
         return LinearMethod(self.layer_map, names, self.dummy)

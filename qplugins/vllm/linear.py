@@ -49,6 +49,12 @@ def log(layer: torch.nn.Module, plan: str) -> None:
     logger.debug("%s: %s", getattr(layer, "prefix", ""), plan)
 
 
+def leave_weight(layer: torch.nn.Module, dtype: torch.dtype) -> None:
+    """An empty `weight`, no parameter, for those in vLLM who ask for its device (LoRA), whether there is one (MLA, which then multiplies by the
+    identity), or whether it is another's too (EAGLE)."""
+    layer.weight = torch.empty(0, dtype=dtype, device=next(layer.mixed.parameters()).device)
+
+
 class LinearMethod(LinearMethodBase):
     """A layer of a quantized checkpoint. names: the checkpoint's module names of its matrices."""
 
@@ -68,6 +74,7 @@ class LinearMethod(LinearMethodBase):
             layer.mixed.load_random()
         remove_routers(layer, layer.mixed)
         log(layer, layer.mixed.finish(dtype=self.dtype, bias=has_bias(layer)))
+        leave_weight(layer, self.dtype)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.mixed(x, bias)
@@ -106,6 +113,7 @@ class EmbeddingMethod(QuantizeMethodBase):
         remove_routers(layer, layer.mixed)
         layer.mixed.shards = torch.nn.ModuleList()
         log(layer, layer.mixed.finish([matrix], dtype=layer.params_dtype))
+        leave_weight(layer, layer.params_dtype)
 
     def tie_weights(self, layer: VocabParallelEmbedding, embed_tokens: VocabParallelEmbedding) -> VocabParallelEmbedding:
         remove_routers(layer, layer.mixed)
@@ -144,6 +152,7 @@ class OnlineLinearMethod(LinearMethodBase):
         weight = layer.weight.data
         del layer.weight
         log(layer, layer.mixed.finish(quantize_weight(weight, layer.sizes, layer.formats), weight.dtype, has_bias(layer)))
+        leave_weight(layer, weight.dtype)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.mixed(x, bias)

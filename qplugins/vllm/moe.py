@@ -31,6 +31,9 @@ def refuses(layer: RoutedExperts) -> str | None:
         return reason
     if config.moe_parallel_config.enable_eplb:
         return "move between ranks (--enable-eplb)"
+    parallel = config.moe_parallel_config
+    if parallel.use_all2all_kernels and not parallel.use_ag_rs_all2all_kernels:
+        return f"are reached another way (--all2all-backend {parallel.all2all_backend}; allgather_reducescatter is what is served)"
     if config.is_lora_enabled:
         return "take adapters (--enable-lora)"
     if layer.expert_map_manager.num_fused_shared_experts:

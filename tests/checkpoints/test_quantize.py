@@ -101,7 +101,13 @@ def test_folders_of_other_modules(src, tmp_path):
     """A sentence-transformer's pooling and dense layer are copied; what lies about elsewhere is not, if it is weights."""
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
     (src / "modules.json").write_text(json.dumps(modules))
-    for file in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "draft/model.safetensors"):
+    for file in (
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "2_Dense/pytorch_model.bin",
+        "draft/model.safetensors",
+    ):
         (src / file).parent.mkdir(exist_ok=True)
         (src / file).write_text("{}")
     quantize(src, tmp_path / "out", NVFP4)

@@ -52,9 +52,10 @@ def resources(compiled) -> dict:
             f.flush()
             usage = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
         if m := re.search(r"REG:(\d+) STACK:(\d+)", usage):
-            # a multiprocessor of compute capability 9.0 has 64 Ki registers, given out in 256 a warp, and 227 KiB of shared memory
+            # a multiprocessor of compute capability 9.0 has 64 Ki registers, given out in 256 a warp, and 228 KiB of shared memory, of which each
+            # program takes one more
             by_registers = 65536 // (-(-int(m[1]) // 8) * 256 * compiled.metadata.num_warps)
-            found |= {"registers": int(m[1]), "stack": int(m[2]), "room": min(by_registers, 227 * 1024 // (found["shared"] + 1024))}
+            found |= {"registers": int(m[1]), "stack": int(m[2]), "room": min(by_registers, 228 * 1024 // (found["shared"] + 1024))}
     return found
 
 

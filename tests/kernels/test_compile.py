@@ -27,12 +27,7 @@ E4M3 = SPECS[4]
 PLAIN = "plain 4096x4096"
 SKINNY_PLAIN, SQUARE_PLAIN = (replace(tile, step=4, split_k=1) for tile in (SKINNY, SQUARE))
 # tiles that go by `balanced`, with K shared as it is where there are few blocks
-ROOMY = [
-    replace(tile, split_k=4 if tile == e.few else 1)
-    for e in SM_90
-    for tile in dict.fromkeys((e.few, e.many))
-    if tile.room and tile.block_m > 8
-]
+ROOMY = [replace(tile, split_k=4 if tile == e.few else 1) for e in SM_90 for tile in dict.fromkeys((e.few, e.many)) if tile.room]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDE = [tile for tile, _ in TILES]
 FP8_WIDE = [replace(tile, shared=shared) for tile, _ in fp8_wide.TILES for shared in (False, True)]
@@ -105,8 +100,9 @@ def test_decoded_values_go_from_registers_to_the_tensor_core_on_hopper(kernel, s
 def test_a_multiprocessor_has_room_for_as_many_programs_as_is_reckoned_with(spec, compiled):
     for tile in ROOMY:
         found = compiled["linear", "sm_90", spec, "bf16", str(asdict(tile))]
-        assert found.get("room", tile.room) == tile.room, tile
-    for stages, room in ((3, 4), (4, 2)):
+        # of 8 rows of x one format has a few registers more than another
+        assert 0 <= tile.room - found.get("room", tile.room) <= (tile.block_m == 8), tile
+    for stages, room in ((3, 4), (4, 3)):
         found = compiled["few", "sm_90", spec, "bf16", str(asdict(replace(SKINNY, stages=stages)))]
         assert found.get("room", room) >= room and found["mma"] > 0
 

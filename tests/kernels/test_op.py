@@ -176,3 +176,32 @@ def test_a_cuda_graph_replays_a_layer(device):
 def test_specs_can_be_made_before_there_are_tensors():
     q = quantized(spec("e2m1*e4m3/16", 72, 64), CPU)
     assert pack(q).spec == Spec(72, 64, "e2m1", "e4m3", 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("n", [1024, 4096, 6144])
+def test_each_product_of_a_chain_has_what_the_one_before_wrote(m, n, device):
+    """Programs may come up before the kernel in front of them is done. Bit for bit as if each call were waited for, also in a CUDA graph, where
+    the locks and the memory for sums are used again right away."""
+    sizes = [(n, 2048), (2048, n)]
+    layers = [layer([pack(quantized(spec("e2m1*e4m3/16", *size), device), "triton")]) for size in sizes] * 3
+    x = torch.randn(m, 2048, dtype=torch.bfloat16, device=device)
+
+    def products(wait: bool) -> list[torch.Tensor]:
+        found = [x]
+        for tensors, p in layers:
+            found.append(linear(found[-1], tensors, p))
+            if wait:
+                torch.cuda.synchronize()
+        return found
+
+    want = products(True)
+    for _ in range(20):
+        assert all(map(torch.equal, products(False), want))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = products(False)
+    for _ in range(20):
+        graph.replay()
+        assert all(map(torch.equal, got, want))

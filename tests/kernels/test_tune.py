@@ -39,6 +39,13 @@ def test_the_tiles_that_win_make_the_table():
     assert all(mean == pytest.approx(1) for mean in tune.mean_us(found, table, SMS).values())
 
 
+def test_the_table_as_it_is_is_among_what_is_timed():
+    found = timings(lambda *case: 1.0)
+    assert None not in tune.mean_us(found, SM_90, SMS).values()
+    known = {t.tile: t.tile.room for t in found if t.tile.room}
+    assert all(known[t] == t.room for e in SM_90 for t in (e.few, e.many) if t.room), "what wins is launched as it was timed"
+
+
 def test_no_other_entry_is_quicker():
     rng = random.Random()
     found = timings(lambda *case: rng.uniform(1, 2))

@@ -17,7 +17,14 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     "s",
-    [spec("e2m1*e4m3/16", 4096, 4096), spec("int4*bf16/128", 28672, 4096), spec("int8*bf16/row", 576, 1536), spec("e2m1*e8m0/32", 640, 96)],
+    [
+        spec("e2m1*e4m3/16", 4096, 4096),
+        spec("int4*bf16/128", 28672, 4096),
+        spec("int8*bf16/row", 576, 1536),
+        spec("e2m1*e8m0/32", 640, 96),
+        spec("int8*bf16/row", 768, 14336),
+        spec("int8*bf16/row", 7168, 25664),
+    ],
 )
 def test_every_number_of_rows_runs_a_variant_that_is_warmed(s):
     known = variants.variants(s, CPU)
@@ -52,13 +59,33 @@ def test_no_call_compiles_afterwards(bias, n, device):
     variants.warm(plan, tensors, torch.bfloat16, bias)
 
     def compiled() -> list[int]:
-        return [len(k.device_caches[torch.cuda.current_device()][0]) for k in (few.few_kernel, kernel.linear_kernel, dense.decode_kernel)]
+        return [
+            len(k.device_caches[torch.cuda.current_device()][0])
+            for k in (few.few_kernel, kernel.linear_kernel, dense.decode_kernel, wide.wide_kernel)
+        ]
 
     before = compiled()
-    assert min(before[1:]) > 0
+    assert min(before[1:3]) > 0
     b = torch.zeros(n, dtype=torch.bfloat16, device=device) if bias else None
     for m in (*range(1, 140), *range(150, 8300, 111 if n == 1024 else 1111)):
         ops.linear(torch.randn(m, 832, dtype=torch.bfloat16, device=device), tensors, plan, b)
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1000, 1004])
+def test_no_call_of_a_layer_of_several_shards_compiles_afterwards(n, device):
+    """Their columns of y lie apart by the layer's, and begin somewhere within them."""
+    weights = [ops.pack(quantized(spec(text, n, 832), device), "triton") for text in ("int4*bf16/64", "e2m1*e4m3/16")]
+    plan, tensors = ops.plan([(w.implementation, w.spec) for w in weights]), [t for w in weights for t in w.tensors]
+    variants.warm(plan, tensors, torch.bfloat16, False)
+
+    def compiled() -> list[int]:
+        return [len(k.device_caches[torch.cuda.current_device()][0]) for k in (few.few_kernel, kernel.linear_kernel, wide.wide_kernel)]
+
+    before = compiled()
+    for m in (1, 7, 16, 30, 50, 100, 200, 500, 3000):
+        ops.linear(torch.randn(m, 832, dtype=torch.bfloat16, device=device), tensors, plan)
     assert compiled() == before
 
 
