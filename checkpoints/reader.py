@@ -12,7 +12,7 @@ is enough for `check` to find nearly everything that can be wrong with a checkpo
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -209,8 +209,7 @@ class Checkpoint:
         """
         if self.layer_map is None:
             return None
-        plain = [m.name for m in self.modules() if not m.format.quantized]
-        return replace(self.layer_map, ignore=tuple(dict.fromkeys((*self.layer_map.ignore, *plain))))
+        return self.layer_map.without(m.name for m in self.modules() if not m.format.quantized)
 
     @cached_property
     def _grouped(self) -> dict[str, dict[str, Entry]]:

@@ -223,8 +223,8 @@ class VllmServer(Server):
         body = {"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": 32, **options}
         return self.post("/v1/completions", body)["choices"][0]["text"]
 
-    def prompt_logprobs(self, tokens: Sequence[int], top: int) -> list[dict[int, float]]:
-        body = {"model": NAME, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+    def prompt_logprobs(self, tokens: Sequence[int], top: int, **options: Any) -> list[dict[int, float]]:
+        body = {"model": NAME, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top, **options}
         positions = self.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
         # nothing comes before the first token, and so nothing is said about it
         return [{int(token): entry["logprob"] for token, entry in position.items()} for position in positions[1:]]

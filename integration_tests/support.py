@@ -66,6 +66,7 @@ WEIGHTS: dict[str, tuple[Cell, Cell]] = {
         Refused(VLLM + "test_moe_contract.py::test_what_is_not_computed_here_is_refused"),
         Refused(SGLANG + "test_weights.py::test_experts_that_are_not_computed_here_are_refused"),
     ),
+    "LoRA adapters over quantized layers": (Works(VLLM + "test_lora.py::test_an_adapter_is_added_to_layers_of_every_format"), None),
     "a damaged checkpoint": (
         Refused(VLLM + "test_refusals.py::test_scales_that_are_nan"),
         Refused(SGLANG + "test_weights.py::test_refuses_scales_that_are_not_finite"),

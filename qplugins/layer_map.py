@@ -16,7 +16,7 @@ Names are those of the checkpoint, one for each matrix: engines fuse q, k and v,
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,10 @@ class LayerMap:
 
         return LayerMap(tuple(Rule(both(r.targets), r.formats) for r in self.rules), both(self.ignore), self.strict)
 
+    def without(self, names: Iterable[str]) -> "LayerMap":
+        """The map with these modules ignored too."""
+        return replace(self, ignore=tuple(dict.fromkeys((*self.ignore, *names))))
+
     def rule_for(self, name: str, kind: str = "Linear") -> Rule | None:
         """The rule that decides on a module; None where it stays unquantized."""
         if self._ignored.first(name, kind) is not None:
@@ -312,11 +316,13 @@ class LayerMap:
         return cls(tuple(rules), PRESET_IGNORE, strict=False)
 
 
-# the output head; the routers of mixtures of experts, small and decisive; encoders of images and sound, whose layers engines build otherwise
+# the output head; the routers of mixtures of experts, small and decisive; encoders of images and sound, whose layers engines build otherwise; what latent
+# attention makes keys and values with, of which engines keep a 16-bit copy
 PRESET_IGNORE = (
     "re:.*lm_head$",
     r"re:.*\.(gate|router|shared_expert_gate)(\.\w+)?$",
     r"re:(.*\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\.",
+    r"re:.*\.kv_b_proj$",
 )
 PRESETS = ("balanced", "nvfp4", "mxfp4", "int4", "int8", "fp8")
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from qplugins.kv import KV_LAYOUTS
-from qplugins.layer_map import PRESETS
+from qplugins.layer_map import PRESETS, LayerMap
 
 server_args = pytest.importorskip("sglang.srt.server_args")
 
@@ -47,6 +47,18 @@ def test_the_command_line_knows_the_names():
     server_args.ServerArgs.add_cli_args(parser)
     assert set(KV_LAYOUTS) <= set(parser._option_string_actions["--kv-cache-dtype"].choices)
     assert {"qplugins", *(f"qplugins-{p}" for p in PRESETS)} <= set(parser._option_string_actions["--quantization"].choices)
+
+
+def test_a_projection_that_sglang_takes_apart_is_refused():
+    from qplugins.formats import FORMATS
+    from qplugins.sglang.config import CheckpointConfig, online_config
+
+    config = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"], **FORMATS["nvfp4"].scheme}}}
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.kv_b_proj: SGLang takes this matrix apart"):
+        CheckpointConfig(config).quantized_linear("model.layers.0.self_attn.kv_b_proj")
+    online = online_config("nvfp4")()
+    online.layer_map = LayerMap.preset("nvfp4", 2)
+    assert online.quantized_linear("model.layers.0.self_attn.kv_b_proj") is None
 
 
 def test_page_size_and_attention_follow_from_the_dtype():

@@ -83,6 +83,25 @@ def test_loading_plugins_again_changes_nothing():
     assert list(QUANTIZATION_METHODS) == before
 
 
+def test_what_a_checkpoint_on_a_hub_stores_plainly_is_looked_up(monkeypatch):
+    """GPTQ's config does not say what was left alone; vLLM reads headers from the hub."""
+    from qplugins.vllm import config
+
+    headers = {
+        "model.layers.0.mlp.up_proj.qweight": {"dtype": "I32", "shape": [8, 64]},
+        "model.layers.0.mlp.gate.weight": {"dtype": "BF16", "shape": [8, 64]},
+        "model.norm.weight": {"dtype": "BF16", "shape": [64]},
+        "model.layers.0.mlp.down_proj.weight": {"dtype": "F8_E4M3", "shape": [8, 64]},
+    }
+    monkeypatch.setattr(
+        config, "get_safetensors_params_metadata", lambda name, revision: headers if (name, revision) == ("org/model", "v1") else {}
+    )
+    found = config.CheckpointConfig({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False})
+    found.maybe_update_config("org/model", None, "v1")
+    rules = {name: found.layer_map.rule_for(f"model.layers.0.mlp.{name}") for name in ("up_proj", "gate", "down_proj")}
+    assert rules["up_proj"] and rules["down_proj"] and rules["gate"] is None
+
+
 @pytest.mark.parametrize("quantization", ["qplugins", None])
 def test_compressed_tensors_is_taken_over_when_asked_and_only_then(taken_over, quantization):
     found = config(taken_over, quantization)

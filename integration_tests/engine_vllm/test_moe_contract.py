@@ -5,6 +5,7 @@ built and filled by vLLM's own loader, held against the dequantized matrices; an
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 
 from integration_tests import foreign
 from integration_tests.compare import dequantized_model, quantized_model
@@ -168,6 +170,11 @@ def test_missing_expert_is_named(world, by_class, tmp_path):
         load(config(folder, "qplugins"))
 
 
+def parallel(**options) -> FusedMoEParallelConfig:
+    """One rank's, with some things otherwise."""
+    return replace(FusedMoEParallelConfig.make_no_parallel(), **options)
+
+
 @pytest.mark.parametrize(
     ("of_layer", "of_config", "said"),
     [
@@ -177,7 +184,14 @@ def test_missing_expert_is_named(world, by_class, tmp_path):
         ({}, {"has_bias": True}, "have biases"),
         ({}, {"swiglu_limit": 7.0}, "bound their activation"),
         ({}, {"is_lora_enabled": True}, "--enable-lora"),
-        ({}, {"moe_parallel_config": SimpleNamespace(enable_eplb=True)}, "--enable-eplb"),
+        ({}, {"moe_parallel_config": parallel(enable_eplb=True)}, "--enable-eplb"),
+        ({}, {"moe_parallel_config": parallel(dp_size=2, use_ep=True)}, None),
+        (
+            {},
+            {"moe_parallel_config": parallel(dp_size=2, use_ep=True, all2all_backend="deepep_low_latency")},
+            "--all2all-backend deepep_low_latency",
+        ),
+        ({}, {"moe_parallel_config": parallel(all2all_backend="deepep_low_latency")}, None),  # with one rank nothing is sent
         ({"apply_router_weight_on_input": True}, {}, "on their input"),
         ({"expert_map_manager": SimpleNamespace(num_fused_shared_experts=1)}, {}, "have shared ones among them"),
     ],
@@ -186,7 +200,7 @@ def test_what_is_not_computed_here_is_refused(of_layer, of_config, said):
     from qplugins.vllm import moe
 
     usual = {"is_act_and_mul": True, "activation": SimpleNamespace(value="silu"), "has_bias": False, "is_lora_enabled": False}
-    usual |= {"swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None, "moe_parallel_config": SimpleNamespace(enable_eplb=False)}
+    usual |= {"swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None, "moe_parallel_config": parallel()}
     layer = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(layer)
     layer.moe_config = SimpleNamespace(**usual | of_config)

@@ -127,6 +127,10 @@ class CheckpointConfig(MappedConfig):
 
     def quantized_linear(self, prefix: str) -> LinearMethod | None:
         method = super().quantized_linear(prefix)
+        if method is not None and prefix.endswith(".kv_b_proj"):
+            raise ValueError(
+                f"{prefix}: SGLang takes this matrix apart, and knows only its own layouts of it; name it under ignore when quantizing"
+            )
         self.built[prefix] = method is not None
         return method
 

@@ -6,6 +6,7 @@ Both hold a layer map and answer one question, which method a layer gets; they d
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from qplugins import experts, serving
 from qplugins.kv_map import KVMap
@@ -72,6 +74,15 @@ class MappedConfig(serving.Mapped, QuantizationConfig):
         return moe.ExpertsMethod(layer.moe_config, self.layer_map, prefix, names, self.plain)
 
 
+def plain_matrices(metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the modules that have a 16- or 32-bit matrix. metadata: name -> dtype and shape, as safetensors' headers have them."""
+    return [
+        name.removesuffix(".weight")
+        for name, tensor in metadata.items()
+        if name.endswith(".weight") and tensor.get("dtype") in ("F16", "BF16", "F32") and len(tensor.get("shape", ())) == 2
+    ]
+
+
 class CheckpointConfig(MappedConfig):
     """A quantized checkpoint, ours or another producer's."""
 
@@ -99,9 +110,12 @@ class CheckpointConfig(MappedConfig):
         return "qplugins"
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Also checks the whole checkpoint, by its headers, before anything of it is loaded; one still on a hub is checked while loading."""
+        """Also checks the whole checkpoint, by its headers, before anything of it is loaded. One still on a hub is checked while loading; what it
+        stores plainly is looked up before."""
         super().maybe_update_config(model_name, hf_config, revision)
-        if Path(model_name).is_dir():
+        if not Path(model_name).is_dir():
+            self.layer_map = self.layer_map.without(plain_matrices(get_safetensors_params_metadata(model_name, revision=revision)))
+        else:
             from qplugins.checkpoints.reader import Checkpoint, NoWeights
 
             # --load-format dummy needs none; without it vLLM's loader says what is not there

@@ -105,6 +105,7 @@ class EmbeddingMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
         if getattr(layer, "tied", False):
+            leave_weight(layer, layer.params_dtype)
             return
         if self.load_format == "dummy":
             layer.mixed.load_random()
