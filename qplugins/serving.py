@@ -98,6 +98,15 @@ def rename(layer_map: LayerMap, renamed: Callable[[str], str | None]) -> LayerMa
     return layer_map.rename(target)
 
 
+def plain_matrices(metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the modules that have a 16- or 32-bit matrix. metadata: name -> dtype and shape, as safetensors' headers have them."""
+    return [
+        name.removesuffix(".weight")
+        for name, tensor in metadata.items()
+        if name.endswith(".weight") and tensor.get("dtype") in ("F16", "BF16", "F32") and len(tensor.get("shape", ())) == 2
+    ]
+
+
 def nothing_quantized(stored: Sequence[str], built: Mapping[str, bool]) -> str | None:
     """A sentence, where an engine's model has a place for none of a checkpoint's quantized matrices: it would be served as it is initialized.
 

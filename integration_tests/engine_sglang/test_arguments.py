@@ -61,6 +61,29 @@ def test_a_projection_that_sglang_takes_apart_is_refused():
     assert online.quantized_linear("model.layers.0.self_attn.kv_b_proj") is None
 
 
+def test_what_a_checkpoint_on_a_hub_stores_plainly_is_looked_up(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    from qplugins.sglang.config import CheckpointConfig
+
+    tensors = {
+        name: TensorInfo(dtype, [8, 64], (0, 1)) for name, dtype in (("m.layers.0.gate.weight", "BF16"), ("m.layers.0.up.qweight", "I32"))
+    }
+    found = SafetensorsRepoMetadata(None, False, {}, {"model.safetensors": SafetensorsFileMetadata({}, tensors)})
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda name, revision: found)
+    model = SimpleNamespace(model_path="org/model", revision="v1")
+    config = CheckpointConfig({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False})
+    config.bind(model, SimpleNamespace(load_format="auto"), {})
+    assert config.layer_map.rule_for("m.layers.0.up") and config.layer_map.rule_for("m.layers.0.gate") is None
+
+    def offline(name, revision):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("no network")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", offline)
+    assert CheckpointConfig.plain_on_hub("org/model", None) == []
+
+
 def test_page_size_and_attention_follow_from_the_dtype():
     args = resolved(kv_cache_dtype="int4_sink")
     assert (args.page_size, args.attention_backend) == (128, "qplugins")

@@ -104,9 +104,14 @@ class CheckpointConfig(MappedConfig):
             model_config.hf_config.quantization_config = dict(Checkpoint.open(model_config.model_path).quantization_config)
 
     def bind(self, model_config, load_config, packed_modules_mapping) -> None:
-        """Also checks the whole checkpoint, by its headers, before anything of it is loaded; one still on a hub is checked while loading."""
+        """Also checks the whole checkpoint, by its headers, before anything of it is loaded. One still on a hub is checked while loading; what it
+        stores plainly is looked up before."""
         super().bind(model_config, load_config, packed_modules_mapping)
-        if not self.dummy and Path(model_config.model_path).is_dir():
+        if self.dummy:
+            return
+        if not Path(model_config.model_path).is_dir():
+            self.layer_map = self.layer_map.without(self.plain_on_hub(model_config.model_path, getattr(model_config, "revision", None)))
+        else:
             from qplugins.checkpoints.reader import Checkpoint
 
             checkpoint = Checkpoint.open(model_config.model_path).check()
@@ -114,6 +119,18 @@ class CheckpointConfig(MappedConfig):
             quantized = [m for m in checkpoint.modules() if m.format.quantized]
             self.unseen = {m.name for m in quantized if m.kind == "Embedding" or m.name == "lm_head"}
             self.stored = [m.name for m in quantized if m.name not in self.unseen]
+
+    @staticmethod
+    def plain_on_hub(model: str, revision: str | None) -> list[str]:
+        """Names of the matrices that a checkpoint on a hub stores plainly; none, with a warning, where the hub does not answer."""
+        import huggingface_hub
+
+        try:
+            files = huggingface_hub.get_safetensors_metadata(model, revision=revision).files_metadata.values()
+        except Exception as e:  # there are many ways in which a hub does not answer
+            logger.warning("what %s stores plainly, and its config does not say, cannot be looked up: %s", model, e)
+            return []
+        return serving.plain_matrices({name: vars(tensor) for file in files for name, tensor in file.tensors.items()})
 
     def check_model(self) -> None:
         """Once the model is built, before it is loaded: SGLang only logs a tensor that has no place in it, and goes on."""

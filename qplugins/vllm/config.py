@@ -6,7 +6,6 @@ Both hold a layer map and answer one question, which method a layer gets; they d
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +73,6 @@ class MappedConfig(serving.Mapped, QuantizationConfig):
         return moe.ExpertsMethod(layer.moe_config, self.layer_map, prefix, names, self.plain)
 
 
-def plain_matrices(metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of the modules that have a 16- or 32-bit matrix. metadata: name -> dtype and shape, as safetensors' headers have them."""
-    return [
-        name.removesuffix(".weight")
-        for name, tensor in metadata.items()
-        if name.endswith(".weight") and tensor.get("dtype") in ("F16", "BF16", "F32") and len(tensor.get("shape", ())) == 2
-    ]
-
-
 class CheckpointConfig(MappedConfig):
     """A quantized checkpoint, ours or another producer's."""
 
@@ -114,7 +104,7 @@ class CheckpointConfig(MappedConfig):
         stores plainly is looked up before."""
         super().maybe_update_config(model_name, hf_config, revision)
         if not Path(model_name).is_dir():
-            self.layer_map = self.layer_map.without(plain_matrices(get_safetensors_params_metadata(model_name, revision=revision)))
+            self.layer_map = self.layer_map.without(serving.plain_matrices(get_safetensors_params_metadata(model_name, revision=revision)))
         else:
             from qplugins.checkpoints.reader import Checkpoint, NoWeights
 
