@@ -52,7 +52,8 @@ def log(layer: torch.nn.Module, plan: str) -> None:
 def leave_weight(layer: torch.nn.Module, dtype: torch.dtype) -> None:
     """An empty `weight`, no parameter, for those in vLLM who ask for its device (LoRA), whether there is one (MLA, which then multiplies by the
     identity), or whether it is another's too (EAGLE)."""
-    layer.weight = torch.empty(0, dtype=dtype, device=next(layer.mixed.parameters()).device)
+    device = next((p.device for p in layer.mixed.parameters()), torch.get_default_device())  # a tied head's embedding may come after it
+    layer.weight = torch.empty(0, dtype=dtype, device=device)
 
 
 class LinearMethod(LinearMethodBase):
