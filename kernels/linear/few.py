@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qplugins.kernels.common.device import after_previous, dependent_launch, dot, on_hopper, prefetch
 from qplugins.kernels.linear.layout import named
-from qplugins.kernels.linear.product import constants, decoded, of_groups
+from qplugins.kernels.linear.product import constants, decoded, load_groups, of_groups
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import Tile, cdiv, multiprocessors
 
@@ -38,7 +38,6 @@ def few_kernel(
     """y[m, n] = sum_k x[m, k] W[n, k] + bias[n]. One program: all rows of y, 16 columns of them. Arguments as `kernel.linear_kernel` has them."""
     dtype: tl.constexpr = x.dtype.element_ty
     TILE_K: tl.constexpr = 64 if CODE == "int4" or CODE == "e2m1" else 32
-    TILES_PER_GROUP: tl.constexpr = 1 if GROUP <= TILE_K else GROUP // TILE_K
     ALL: tl.constexpr = WARPS * STEP  # tiles at a time
     part = tl.program_id(0)
     m = tl.arange(0, BLOCK_M)
@@ -70,15 +69,7 @@ def few_kernel(
             xt = tl.load(xs, mask=m_in & (first * TILE_K + k < K)[:, :, None], other=0.0)
             w = tl.load(words, mask=first + tile < tiles_k, other=0)
             at = tl.minimum(at, tiles_k - 1)
-        sw = 0
-        zw = 0
-        if SCALE != "row":
-            sw = tl.load(scale + (at // TILES_PER_GROUP).to(tl.int64) * pairs + pair)
-        if ZERO:
-            if GROUP == 0:
-                zw = tl.load(zero + pair + 0 * at)
-            else:
-                zw = tl.load(zero + (at // TILES_PER_GROUP).to(tl.int64) * pairs + pair)
+        sw, zw = load_groups(scale, zero, at, pairs, pair, CODE, SCALE, GROUP, ZERO)
         w = w.reshape(WARPS // 4, STEP, 1024)
         d = decoded(w, sw, zw, CODE, SCALE, GROUP, ZERO, UP, 16 * WARPS, STEP, dtype, PTX)
         acc = dot(d.reshape(WARPS, 16, STEP * TILE_K), xt, acc)

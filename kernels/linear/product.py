@@ -140,27 +140,36 @@ def prefetch_tiles(codes, block_n, first, N, tiles_k, BLOCK_N: tl.constexpr, STE
 
 
 @triton.jit
+def load_groups(
+    scale, zero, tile, pairs, pair, CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """Scales and zero points of tiles of K for pairs of rows; 0 for what there is not. tile, pair: of shapes that broadcast to what `decoded` takes."""
+    TILE_K: tl.constexpr = 64 if CODE == "int4" or CODE == "e2m1" else 32
+    TILES_PER_GROUP: tl.constexpr = 1 if GROUP <= TILE_K else GROUP // TILE_K
+    sw = 0
+    zw = 0
+    if SCALE != "row":
+        sw = tl.load(scale + (tile // TILES_PER_GROUP).to(tl.int64) * pairs + pair)
+    if ZERO:
+        if GROUP == 0:
+            zw = tl.load(zero + pair + 0 * tile)
+        else:
+            zw = tl.load(zero + (tile // TILES_PER_GROUP).to(tl.int64) * pairs + pair)
+    return sw, zw
+
+
+@triton.jit
 def load(
     words, scale, zero, tile, tiles_k, pairs, pair, CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Codes, scales and zero points of the tiles `tile` [STEP] of K: what `decoded` takes. words, pair: of `rows_of_tiles`."""
-    TILE_K: tl.constexpr = 64 if CODE == "int4" or CODE == "e2m1" else 32
-    TILES_PER_GROUP: tl.constexpr = 1 if GROUP <= TILE_K else GROUP // TILE_K
     if EVEN_K:
         w = tl.load(words)
     else:
         w = tl.load(words, mask=(tile < tiles_k)[None, :, None], other=0)
         tile = tl.minimum(tile, tiles_k - 1)
-    sw = 0
-    zw = 0
-    if SCALE != "row":
-        sw = tl.load(scale + (tile // TILES_PER_GROUP)[None, :].to(tl.int64) * pairs + pair[:, None])
-    if ZERO:
-        if GROUP == 0:
-            zw = tl.load(zero + pair[:, None] + 0 * tile[None, :])
-        else:
-            zw = tl.load(zero + (tile // TILES_PER_GROUP)[None, :].to(tl.int64) * pairs + pair[:, None])
+    sw, zw = load_groups(scale, zero, tile[None, :], pairs, pair[:, None], CODE, SCALE, GROUP, ZERO)
     return w, sw, zw
 
 
@@ -293,14 +302,15 @@ def powers(spec: Spec, dtype: torch.dtype) -> tuple[int, int]:
     bf16 = dtype == torch.bfloat16
     # decoding gives values times 2 ** -short
     short = {"e2m1": 126 if bf16 else 14, "e4m3": 120 if bf16 else 8, "int4": 133 if bf16 else 0}.get(spec.code, 0)
-    if spec.group is None:
-        up = {"e2m1": 119, "int4": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else 0
-    elif spec.scale == "e4m3":
-        up = {"e2m1": 119, "int4": 119, "e4m3": 119}.get(spec.code, 0) if bf16 else {"e2m1": 7, "e4m3": 3}.get(spec.code, -5)
-    elif spec.scale == "e8m0":
-        up = {"e2m1": 119, "int4": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else {"e2m1": 15, "e4m3": 8}.get(spec.code, 0)
+    scale = "row" if spec.group is None else spec.scale
+    if bf16:
+        up = {"e2m1": 119, "int4": 119, "e4m3": 119 if scale == "e4m3" else 120}.get(spec.code, 0)
+    elif scale == "row":
+        up = 0
+    elif scale == "e4m3":
+        up = {"e2m1": 7, "e4m3": 3}.get(spec.code, -5)
     else:
-        up = {"e2m1": 119, "int4": 119, "e4m3": 120}.get(spec.code, 0) if bf16 else {"e2m1": 14, "e4m3": 8}.get(spec.code, 0)
+        up = {"e2m1": 15 if scale == "e8m0" else 14, "e4m3": 8}.get(spec.code, 0)
     return up, short - up
 
 

@@ -29,9 +29,9 @@ def refuses(layer: RoutedExperts) -> str | None:
         weighs_input=layer.apply_router_weight_on_input,
     ):
         return reason
-    if config.moe_parallel_config.enable_eplb:
-        return "move between ranks (--enable-eplb)"
     parallel = config.moe_parallel_config
+    if parallel.enable_eplb:
+        return "move between ranks (--enable-eplb)"
     if parallel.use_all2all_kernels and not parallel.use_ag_rs_all2all_kernels:
         return f"are reached another way (--all2all-backend {parallel.all2all_backend}; allgather_reducescatter is what is served)"
     if config.is_lora_enabled:

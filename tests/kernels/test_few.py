@@ -1,11 +1,14 @@
 """The product of very few rows against the float32 reference, and which kernel a layer gets."""
 
+from functools import partial
+
 import pytest
+import test_linear
 import torch
 from samples import quantized, spec
 from test_linear import DTYPES, TOLERANCE, error
 
-from qplugins.kernels.linear import few, kernel, pack, variants
+from qplugins.kernels.linear import few, kernel, variants
 
 CPU = torch.device("cpu")
 FORMATS = [
@@ -14,14 +17,7 @@ FORMATS = [
 ]  # fmt: skip
 
 
-def run(q, x, bias=None, spare=0):
-    """y[M, N] of the kernel, in an output that is NaN before and, past column N, still is afterwards."""
-    w = pack(q, "triton")
-    m, n = x.shape[0], w.spec.n
-    y = torch.full((m, n + spare), torch.nan, dtype=x.dtype, device=x.device)
-    few.linear(x, w.spec, list(w.tensors), y[:, :n], bias)
-    assert y[:, n:].isnan().all(), "written past the last column"
-    return y[:, :n]
+run = partial(test_linear.run, multiply=few.linear)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,7 +37,7 @@ def test_odd_sizes(m, n, k, device):
         x = torch.randn(m, k + 32, device=device, dtype=torch.bfloat16)[:, :k]
         bias = torch.randn(n, device=device, dtype=torch.bfloat16)
         # a single number may be several times as far off as many are on average
-        assert error(run(q, x, bias, spare=8), x, q.dequantize(), bias) < TOLERANCE * (1 if m * n >= 64 else 5), text
+        assert error(run(q, x, bias=bias, spare=8), x, q.dequantize(), bias) < TOLERANCE * (1 if m * n >= 64 else 5), text
 
 
 @pytest.mark.parametrize("k", [48, 80, 1000])

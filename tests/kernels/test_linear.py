@@ -23,12 +23,12 @@ def error(y, x, w, bias=None):
     return float((y.float() - matmul(x, w, bias)).norm() / size) / torch.finfo(y.dtype).eps
 
 
-def run(q, x, tile=None, bias=None, spare=0):
-    """y[M, N] of the kernel, in an output that is NaN before and, past column N, still is afterwards."""
+def run(q, x, tile=None, bias=None, spare=0, multiply=linear):
+    """y[M, N] of a kernel, in an output that is NaN before and, past column N, still is afterwards."""
     w = pack(q, "triton")
     m, n = x.shape[0], w.spec.n
     y = torch.full((m, n + spare), torch.nan, dtype=x.dtype, device=x.device)
-    linear(x, w.spec, list(w.tensors), y[:, :n], bias, tile)
+    multiply(x, w.spec, list(w.tensors), y[:, :n], bias, *([tile] if tile else []))
     assert y[:, n:].isnan().all(), "written past the last column"
     assert not w.tensors[2].any(), "a lock was left"
     return y[:, :n]
