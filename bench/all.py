@@ -51,7 +51,7 @@ STEPS = (
         "engine_weights",
         450,
         "bench/engine_vllm.py --together --timeout 350 --weights bf16 nvfp4-qplugins nvfp4-humming --kv auto --shapes 1x512 16x512 64x512 1x8192"
-        " --out {out}/engine_vllm_weights.json",
+        " --rounds 3 --profile {out}/traces --out {out}/engine_vllm_weights.json",
     ),
     Step("serving", 600, "bench/serving.py --together --out {out}/serving.json"),
     Step("linear_fp8", 400, f"bench/linear.py --compile {CORES} --formats fp8 --out {{out}}"),

@@ -11,14 +11,20 @@ several repeats. A configuration that fails, or takes longer than --timeout, is 
 
 --together starts all configurations at the same time, where they fit the GPU side by side, and measures one after the other while the rest are
 idle: starting takes longer than measuring. Each then gets as much memory for its KV cache as the largest shape takes. Several of these commands
-start side by side too: with --after FILE each says when it is ready, and measures once FILE is there.
+start side by side too: with --after FILE each says when it is ready, and measures once FILE is there. --rounds N then measures all of them N times,
+forwards and backwards in turn: where CPUs decide, one that is measured at a quiet moment looks faster than it is.
+
+--profile DIR records the output tokens of each shape once more with vLLM's profiler, last of all: SHAPE_gpu_ms is how long the GPU is busy for one,
+which no CPU can change. DIR keeps the traces.
 
 weights: bf16; nvfp4, vLLM's own choice of a kernel for a weight-only NVFP4 checkpoint; nvfp4-humming, the kernel by that name; nvfp4-qplugins, ours;
 or a --quantization of ours that quantizes while loading, such as qplugins-nvfp4. lm_head has 16 bits in all of them.
 """
 
 import argparse
+import gzip
 import json
+import math
 import os
 import random
 import signal
@@ -27,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -41,7 +48,7 @@ WEIGHTS = ("bf16", "nvfp4", "nvfp4-humming", "nvfp4-qplugins")
 SHAPES = ((16, 8192), (8, 32768))
 OUTPUT_TOKENS = 96
 REPEATS = 5
-MARK, READY = "ROW ", "READY"
+MARK, READY, MEASURE, PROFILE = "ROW ", "READY", "measure", "profile"
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -155,8 +162,8 @@ def kv_bytes(kv_cache_dtype: str, shapes: list[tuple[int, int]]) -> int:
     return int(token * max(batch * (length + 2 * OUTPUT_TOKENS + 256) for batch, length in shapes))
 
 
-def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool, folder: Path) -> dict:
-    """A row of one configuration, measured in this process. together: once it is told to, by a line on its standard input."""
+def serve(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool, traces: str, folder: Path) -> None:
+    """One configuration in this process, which prints a row for each line of its standard input: MEASURE, or PROFILE, whose traces go to `traces`."""
     import torch
     from vllm import LLM, SamplingParams, __version__
 
@@ -172,20 +179,29 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
     }
     if together:
         options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": kv_bytes(kv_cache_dtype, shapes)}
+    if traces:
+        options["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": traces,
+            "torch_profiler_activities": ["CUDA"],
+            "torch_profiler_with_stack": False,
+            "torch_profiler_dump_cuda_time_total": False,
+        }
     llm = LLM(kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True, **options | arguments_of(weights, folder) | more)
-    row = {
+    about = {
         "kv": kv_cache_dtype,
         "weights": weights,
         "vllm": __version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
     cache = llm.llm_engine.vllm_config.cache_config
-    row |= {"tokens": cache.kv_cache_size_tokens, "start_s": round(time.perf_counter() - started, 1)}
+    about |= {"tokens": cache.kv_cache_size_tokens, "start_s": round(time.perf_counter() - started, 1)}
     if together:
-        row["tokens_per_gib"] = round(row["tokens"] * 2**30 / cache.kv_cache_memory_bytes)
-        print(READY, flush=True)
-        sys.stdin.readline()
+        about["tokens_per_gib"] = round(about["tokens"] * 2**30 / cache.kv_cache_memory_bytes)
     rng = random.Random(0)
+
+    def random_prompts(batch: int, length: int) -> list[list[int]]:
+        return [[rng.randrange(1000, 128000) for _ in range(length)] for _ in range(batch)]
 
     def generate(prompts: list[list[int]], new: int) -> tuple[float, float]:
         """Seconds that it takes, and milliseconds of an output token after the first."""
@@ -196,31 +212,77 @@ def one(kv_cache_dtype: str, weights: str, shapes: list[tuple[int, int]], more: 
         stats = [request.metrics for request in done]
         return seconds, 1000 * statistics.median(s.last_token_ts - s.first_token_ts for s in stats) / max(1, new - 1)
 
+    def fits(batch: int, length: int) -> bool:
+        return not about["tokens"] or about["tokens"] >= batch * (length + OUTPUT_TOKENS + 1)
+
+    def measure() -> dict:
+        row = dict(about)
+        for batch, length in shapes:
+            name = f"{batch}x{length}"
+            if not fits(batch, length):
+                row[f"{name}_note"] = f"{batch * length:,} tokens do not fit"
+                continue
+            prefill = []
+            for _ in range(REPEATS):
+                prompts = random_prompts(batch, length)
+                prefill.append(generate(prompts, 1)[0])
+            generate(prompts, 1 + OUTPUT_TOKENS)
+            token = [generate(prompts, 1 + OUTPUT_TOKENS)[1] for _ in range(REPEATS)]
+            row[f"{name}_prefill_s_all"] = [round(t, 4) for t in prefill]
+            row[f"{name}_token_ms_all"] = [round(t, 4) for t in token]
+        return row
+
+    def profile() -> dict:
+        row = {}
+        for batch, length in shapes:
+            if not fits(batch, length):
+                continue
+            prompts, trace = random_prompts(batch, length), f"{weights}-{kv_cache_dtype}-{batch}x{length}"
+            generate(prompts, 1)
+            llm.start_profile(trace, delay_iterations=8)  # without the prompts, what is left of them
+            generate(prompts, 1 + OUTPUT_TOKENS)
+            llm.stop_profile()
+            file = max(Path(traces).glob(f"{trace}*.json.gz"), key=os.path.getmtime)
+            row[f"{batch}x{length}_gpu_ms"] = round(busy_ms(file), 4)
+        return row
+
     # kernels are compiled at their first use
-    generate([[rng.randrange(1000, 128000) for _ in range(min(9000, options["max_model_len"] - 8))]], 8)
-    for batch, length in shapes:
-        name = f"{batch}x{length}"
-        if row["tokens"] and row["tokens"] < batch * (length + OUTPUT_TOKENS + 1):
-            row[f"{name}_note"] = f"{batch * length:,} tokens do not fit"
-            continue
-        prefill = []
-        for _ in range(REPEATS):
-            prompts = [[rng.randrange(1000, 128000) for _ in range(length)] for _ in range(batch)]
-            prefill.append(generate(prompts, 1)[0])
-        generate(prompts, 1 + OUTPUT_TOKENS)
-        token = [generate(prompts, 1 + OUTPUT_TOKENS)[1] for _ in range(REPEATS)]
-        for what, times in (("prefill_s", prefill), ("token_ms", token)):
-            row[f"{name}_{what}"] = round(statistics.median(times), 4)
-            row[f"{name}_{what}_all"] = [round(t, 4) for t in times]
+    generate(random_prompts(1, min(9000, options["max_model_len"] - 8)), 8)
+    print(READY, flush=True)
+    for line in sys.stdin:
+        print(MARK + json.dumps({MEASURE: measure, PROFILE: profile}[line.strip()]()), flush=True)
+
+
+def busy_ms(trace: Path) -> float:
+    """Of a step: how long the GPU computes or copies in a trace, kernels that run side by side counted once, over the number of steps."""
+    events = [
+        e for e in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
+    busy, until = 0.0, -math.inf
+    for start, end in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    # whatever runs in every step runs as often as that, or several times as often
+    counts = Counter(e["name"] for e in events).values()
+    return busy / 1000 / min(c for c in counts if c > OUTPUT_TOKENS / 2)
+
+
+def merged(rows: list[dict]) -> dict:
+    """Rounds of one configuration as one row, with the median of each list of times."""
+    row = {name: value for other in rows for name, value in other.items()}
+    for name in [n for n in row if n.endswith("_all")]:
+        row[name] = [t for other in rows for t in other.get(name, [])]
+        row[name.removesuffix("_all")] = round(statistics.median(row[name]), 4)
     return row
 
 
 class Process:
-    """One configuration, measured in a process of its own. Used as a context: it is gone afterwards."""
+    """One configuration, in a process of its own, that measures when told to. Used as a context: it is gone afterwards."""
 
-    def __init__(self, kv: str, weights: str, shapes: list[tuple[int, int]], more: dict, together: bool, folder: Path) -> None:
-        self.about, self.log = {"kv": kv, "weights": weights}, tempfile.NamedTemporaryFile("w+")
-        command = [sys.executable, __file__, "--one", json.dumps([kv, weights, shapes, more, together, str(folder)])]
+    def __init__(self, kv: str, weights: str, *arguments: object) -> None:
+        """arguments: further ones of `serve`."""
+        self.about, self.log, self.asked = {"kv": kv, "weights": weights}, tempfile.NamedTemporaryFile("w+"), 0
+        command = [sys.executable, __file__, "--one", json.dumps([kv, weights, *arguments])]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
@@ -241,37 +303,49 @@ class Process:
         """Whether it waits to be told to measure, or never will."""
         return self.process.poll() is not None or READY in self.lines()
 
-    def row(self, timeout: float) -> dict:
-        """Tells it to measure; what it measured, or why it did not."""
-        try:
-            self.process.communicate("go\n", timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return self.about | {"note": f"took longer than {timeout:.0f} s"}
-        except BrokenPipeError:
-            self.process.wait()
-        lines = self.lines()
-        if rows := [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]:
-            return json.loads(rows[-1])
-        errors = [line.strip() for line in lines if "Error" in line and "root cause" not in line] or lines[-1:] or ["no output"]
-        return self.about | {"note": errors[-1][-400:], "first_error": errors[0][-400:]}
+    def ask(self, what: str, deadline: float) -> dict:
+        """The row that it answers MEASURE or PROFILE with, or one that says why there is none until `deadline`, by time.monotonic."""
+        with suppress(BrokenPipeError):
+            print(what, file=self.process.stdin, flush=True)
+        self.asked += 1
+        while time.monotonic() < deadline:
+            over = self.process.poll() is not None  # before its last lines are read
+            lines = self.lines()
+            if len(rows := [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]) >= self.asked:
+                return json.loads(rows[self.asked - 1])
+            if over:
+                errors = [line.strip() for line in lines if "Error" in line and "root cause" not in line] or lines[-1:] or ["no output"]
+                return self.about | {"note": errors[-1][-400:], "first_error": errors[0][-400:]}
+            time.sleep(0.2)
+        return self.about | {"note": "took too long"}
 
 
 def rows_of(
     configurations: list[tuple[str, str]],
-    shapes: list[tuple[int, int]],
-    more: dict,
+    arguments: tuple,
     timeout: float,
     together: bool,
     after: Path | None,
-    folder: Path,
-) -> Iterator[dict]:
+    rounds: int,
+    traces: str,
+) -> Iterator[list[dict]]:
+    """All rows so far, whenever there is another. arguments: of `serve`, after KV dtype and weights."""
+    questions = [MEASURE] * rounds + [PROFILE] * bool(traces)
+    found: dict[tuple[str, str], list[dict]] = {c: [] for c in configurations}
+
+    def ask(process: Process, question: str, deadline: float) -> list[dict]:
+        found[process.about["kv"], process.about["weights"]].append(process.ask(question, deadline))
+        return [merged(rows) for rows in found.values() if rows]
+
     if not together:
         for kv, weights in configurations:
-            with Process(kv, weights, shapes, more, together, folder) as process:
-                yield process.row(timeout)
+            with Process(kv, weights, *arguments) as process:
+                deadline = time.monotonic() + timeout
+                for question in questions:
+                    yield ask(process, question, deadline)
         return
     with ExitStack() as stack:
-        processes = [stack.enter_context(Process(kv, weights, shapes, more, together, folder)) for kv, weights in configurations]
+        processes = [stack.enter_context(Process(kv, weights, *arguments)) for kv, weights in configurations]
         deadline = time.monotonic() + timeout
         while not all(p.started() for p in processes) and time.monotonic() < deadline:
             time.sleep(1)
@@ -279,8 +353,9 @@ def rows_of(
             print(READY, flush=True)
             while not after.exists():
                 time.sleep(0.2)
-        for process in processes:
-            yield process.row(timeout)
+        for i, question in enumerate(questions):
+            for process in processes[:: 1 if i % 2 == 0 else -1]:
+                yield ask(process, question, time.monotonic() + timeout)
 
 
 def main() -> None:
@@ -295,29 +370,34 @@ def main() -> None:
     )
     parser.add_argument("--together", action="store_true", help="start all configurations at once, and measure one after the other")
     parser.add_argument("--after", type=Path, metavar="FILE", help="with --together: measure once it exists")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each configuration is measured")
+    parser.add_argument(
+        "--profile", metavar="DIR", default="", help="also record with vLLM's profiler how long the GPU is busy, into this folder"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "engine_vllm.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        kv, weights, shapes, more, together, folder = json.loads(args.one)
-        print(MARK + json.dumps(one(kv, weights, [tuple(s) for s in shapes], more, together, Path(folder))), flush=True)
+        kv, weights, shapes, more, together, traces, folder = json.loads(args.one)
+        serve(kv, weights, [tuple(s) for s in shapes], more, together, traces, Path(folder))
         return
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes]
     configurations = [(kv, weights) for weights in args.weights for kv in args.kv]
     if args.pairs:
         configurations = [tuple(pair.split(":")) for pair in args.pairs]
-    rows = []
+    traces = str(Path(args.profile).resolve()) if args.profile else ""
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), (weights for _, weights in configurations))
-        for row in rows_of(configurations, shapes, args.engine_args, args.timeout, args.together, args.after, Path(folder)):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        arguments = (shapes, args.engine_args, args.together, traces, folder)
+        for rows in rows_of(configurations, arguments, args.timeout, args.together, args.after, args.rounds, traces):
             # after each, so that what was measured is there when a later one takes the machine down
             args.out.parent.mkdir(parents=True, exist_ok=True)
             about = (
                 {"device": next((r["device"] for r in rows if "device" in r), None)} | versions("vllm") | {"output_tokens": OUTPUT_TOKENS}
             )
             args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
