@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.common.device import INTERPRET, after_previous, dependent_launch, dot, on_hopper, round_to
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.kv import tile
 from qplugins.kernels.kv.page import Page, _pow2, batch_block
 
@@ -796,6 +797,21 @@ def workspace_bytes(max_batch: int, num_heads: int, num_kv_heads: int, page: Pag
     return 4 * (COUNTERS + max(sizes))
 
 
+@cache
+def _launcher(
+    page: Page, launch: Launch, group: int, n: int, half: bool, batch_block: int, window: int, soft_cap: bool, lse: bool, sink: bool
+) -> Launcher:
+    runs = tile.runs_of(page, launch.tokens)
+    registers = {"maxnreg": launch.registers} if tile.PTX and launch.registers else {}
+    return Launcher(
+        decode_kernel, GROUP=group, WINDOW=window, SOFT_CAP=soft_cap, HAS_LSE=lse, HAS_SINK=sink,
+        SP=max(16, _pow2(page.sinks) if page.sinks else 0), W=runs, T=page.page_size // runs, N=n, BB=batch_block,
+        LEAST=launch.pages, LOG_FAN=launch.fan.bit_length() - 1, ROUND=launch.round * (1 + half), HALF=half,
+        AHEAD=launch.ahead if on_hopper() else 0, PTX=tile.PTX,
+        num_warps=runs, num_stages=launch.stages, **tile.page_constants(page, runs), **dependent_launch(), **registers,
+    )  # fmt: skip
+
+
 def decode(
     q: Tensor,
     pages: Tensor,
@@ -817,9 +833,8 @@ def decode(
     """See op.py."""
     batch, heads = seq_lens.shape[0], pages.shape[1]
     group = q.shape[1] // heads
-    launch = launch or launch_of(page, rows_of(group, max_query_len)[0])
-    runs = tile.runs_of(page, launch.tokens)
     n, blocks = rows_of(group, max_query_len)
+    launch = launch or launch_of(page, n)
     half = launch.halve and half_empty(group, max_query_len)
     shares = min(shares_of(q.device, heads * blocks, launch), batch * triton.cdiv(max_seq_len, page.page_size))
     sums, ends = _sizes(shares, n, heads * blocks, page)
@@ -828,15 +843,10 @@ def decode(
     counters = workspace[: 4 * COUNTERS].view(torch.int32)
     floats = workspace[4 * COUNTERS : 4 * (COUNTERS + sums + ends)].view(torch.float32)
     out = out.view(q.shape[0], q.shape[1], page.v_head_dim)
-    registers = {"maxnreg": launch.registers} if tile.PTX and launch.registers else {}
-    decode_kernel[(heads, blocks, shares)](
+    _launcher(page, launch, group, n, half, batch_block(batch), window, soft_cap > 0, lse is not None, sink_logits is not None)(
+        (heads, blocks, shares),
         q, pages, block_table, seq_lens, query_start_loc, floats, floats[sums:], counters, out,
         floats if lse is None else lse, floats if sink_logits is None else sink_logits,
         batch, q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1),
         0 if lse is None else lse.stride(0), scale * LOG2E, soft_cap * LOG2E,
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, HAS_LSE=lse is not None, HAS_SINK=sink_logits is not None,
-        SP=max(16, _pow2(page.sinks) if page.sinks else 0), W=runs, T=page.page_size // runs, N=n, BB=batch_block(batch),
-        LEAST=launch.pages, LOG_FAN=launch.fan.bit_length() - 1, ROUND=launch.round * (1 + half), HALF=half,
-        AHEAD=launch.ahead if on_hopper() else 0, PTX=tile.PTX,
-        num_warps=runs, num_stages=launch.stages, **tile.page_constants(page, runs), **dependent_launch(), **registers,
     )  # fmt: skip

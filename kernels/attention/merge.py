@@ -1,11 +1,16 @@
 """Joins attention over two disjoint sets of tokens by their log-sum-exp; ref.merge is the definition."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.kv.page import _pow2
+
+EACH = 16  # rows of a program
 
 
 @triton.jit(do_not_specialize=["rows", "stride_la", "stride_lah", "stride_lb", "stride_lbh"])
@@ -34,15 +39,20 @@ def merge_kernel(
     tl.store(lse + row, tl.where(total > 0, top + tl.log(total), float("-inf")), mask=inside)
 
 
+@cache
+def _launcher(dim: int) -> Launcher:
+    return Launcher(merge_kernel, D=dim, DP=_pow2(dim), ROWS=EACH, num_warps=4)
+
+
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See op.py."""
     n, heads, dim = out_a.shape
     out = torch.empty(n, heads, dim, dtype=out_a.dtype, device=out_a.device)
     lse = torch.empty(n, heads, dtype=torch.float32, device=out_a.device)
-    rows, each = n * heads, 16
-    if rows:
-        merge_kernel[(triton.cdiv(rows, each),)](
+    if rows := n * heads:
+        _launcher(dim)(
+            (triton.cdiv(rows, EACH),),
             out_a, lse_a, out_b, lse_b, out, lse, rows, heads, out_a.stride(0), out_a.stride(1), lse_a.stride(0), lse_a.stride(1),
-            out_b.stride(0), out_b.stride(1), lse_b.stride(0), lse_b.stride(1), D=dim, DP=_pow2(dim), ROWS=each, num_warps=4,
+            out_b.stride(0), out_b.stride(1), lse_b.stride(0), lse_b.stride(1),
         )  # fmt: skip
     return out, lse

@@ -3,6 +3,8 @@
 A row is a query token of one of the query heads that share a KV head, ROWS of them in a program, so a page is decoded once for all of them.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from qplugins.kernels.attention.decode import LOG2E, NOTHING, _tanh, rotated_queries, sink_scores, sink_values, store_output
 from qplugins.kernels.common.device import dot, round_to
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.kv import tile
 from qplugins.kernels.kv.page import Page, _pow2
 
@@ -158,6 +161,14 @@ def prefill_kernel(
     store_output(out, o0, o1, o2, o3, norm, tokens, hq, live, stride_o, stride_oh, VC, VU, V_WIDE, DV, DVP, VB, ROTATE, BLOCK_V, PTX)
 
 
+@cache
+def _launcher(page: Page, group: int, window: int, soft_cap: bool, sink: bool) -> Launcher:
+    return Launcher(
+        prefill_kernel, GROUP=group, WINDOW=window, SOFT_CAP=soft_cap, HAS_SINK=sink, SP=max(16, _pow2(page.sinks) if page.sinks else 0),
+        N=ROWS, PTX=tile.PTX, num_warps=WARPS, num_stages=STAGES, **tile.page_constants(page, 1),
+    )  # fmt: skip
+
+
 def prefill(
     q: Tensor,
     pages: Tensor,
@@ -177,10 +188,10 @@ def prefill(
     out = torch.empty(*q.shape[:2], page.v_head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     longest = q.shape[0] if max_query_len is None else max_query_len
-    prefill_kernel[(triton.cdiv(longest * group, ROWS), heads, batch)](
+    _launcher(page, group, window, soft_cap > 0, sink_logits is not None)(
+        (triton.cdiv(longest * group, ROWS), heads, batch),
         q, pages, block_table, context_lens, query_start_loc, out, lse, lse if sink_logits is None else sink_logits,
         q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0), out.stride(0), out.stride(1), lse.stride(0),
-        scale * LOG2E, soft_cap * LOG2E, GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, HAS_SINK=sink_logits is not None,
-        SP=max(16, _pow2(page.sinks) if page.sinks else 0), N=ROWS, PTX=tile.PTX, num_warps=WARPS, num_stages=STAGES, **tile.page_constants(page, 1),
+        scale * LOG2E, soft_cap * LOG2E,
     )  # fmt: skip
     return out, lse

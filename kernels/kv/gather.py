@@ -7,12 +7,15 @@ A rotated token is (code - half) * scale + zero + mean, and rotation is linear, 
 The first sum is a product of small integers with signs, exact; the second is b where d starts a block of R and 0 elsewhere.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.common.device import dot, round_to
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.kv import tile
 from qplugins.kernels.kv.page import Page, _pow2, batch_block
 from qplugins.kernels.kv.write import touched_pages
@@ -154,6 +157,14 @@ def _put_sinks(
     _put(out, y.reshape(DP, at.shape[0]), pair, tl.zeros((DP,), tl.float32), inside, at, h, stride, stride_h, D, DP, ROTATE, BLOCK)
 
 
+@cache
+def _launcher(page: Page, batch_block: int) -> Launcher:
+    return Launcher(
+        gather_kernel, SP=max(16, _pow2(page.sinks) if page.sinks else 0), BB=batch_block, PTX=tile.PTX, num_warps=warps_of(page), num_stages=1,
+        **tile.page_constants(page, 1),
+    )  # fmt: skip
+
+
 def gather(
     pages: Tensor, block_table: Tensor, starts: Tensor, cu_lens: Tensor, total: int, page: Page, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -162,9 +173,9 @@ def gather(
     k = torch.empty(total, heads, page.head_dim, dtype=dtype, device=pages.device)
     v = torch.empty(total, heads, page.v_head_dim, dtype=dtype, device=pages.device)
     if total and batch:
-        gather_kernel[(touched_pages(total, batch, page.page_size), heads, 2)](
+        _launcher(page, batch_block(batch))(
+            (touched_pages(total, batch, page.page_size), heads, 2),
             pages, block_table, starts, cu_lens, k, v,
             batch, pages.stride(0), pages.stride(1), block_table.stride(0), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            SP=max(16, _pow2(page.sinks) if page.sinks else 0), BB=batch_block(batch), PTX=tile.PTX, num_warps=warps_of(page), num_stages=1, **tile.page_constants(page, 1),
         )  # fmt: skip
     return k, v

@@ -19,11 +19,14 @@ rotates to 1 / W of every group's columns, and what they have to tell each other
 nothing to wait for.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.common.device import after_previous, dependent_launch, dot, from_bits, round_to
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.kv.page import Page, _pow2, batch_block
 from qplugins.kernels.kv.ref import MEAN_TOKENS
 from qplugins.kernels.kv.rotation import block
@@ -577,6 +580,24 @@ def touched_pages(tokens: int, batch: int, page_size: int) -> int:
     return batch + more // page_size + min(batch, more)
 
 
+@cache
+def _few_launcher(page: Page, max_query_len: int, heads_each: int) -> Launcher:
+    rows, warps = few_launch(page, max_query_len)
+    return Launcher(
+        write_few_kernel, TOKENS=rows // heads_each, HEADS=heads_each, W=warps, num_warps=warps, num_stages=1, **page_constants(page, 1),
+        **dependent_launch(),
+    )  # fmt: skip
+
+
+@cache
+def _launcher(page: Page, batch_block: int) -> Launcher:
+    warps = warps_of(page)
+    return Launcher(
+        write_kernel, ENOUGH=MEAN_TOKENS, W=warps, BB=batch_block, num_warps=warps, num_stages=1, **page_constants(page, 1), **dependent_launch(),
+        **registers_of(page),
+    )  # fmt: skip
+
+
 def write(
     pages: Tensor,
     k: Tensor,
@@ -592,17 +613,10 @@ def write(
     batch, heads = seq_lens.shape[0], pages.shape[1]
     strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0))
     tensors = (k, v, pages, slot_mapping, query_start_loc, seq_lens, block_table)
-    constants = page_constants(page, 1) | dependent_launch()
     if max_query_len < MEAN_TOKENS:
-        rows, warps = few_launch(page, max_query_len)
+        rows = few_launch(page, max_query_len)[0]
         heads_each = max(1, min(_pow2(heads), rows // _pow2(max_query_len)))
-        write_few_kernel[(batch, 2, triton.cdiv(heads, heads_each))](
-            *tensors, heads, *strides, TOKENS=rows // heads_each, HEADS=heads_each, W=warps,
-            num_warps=warps, num_stages=1, **constants,
-        )  # fmt: skip
+        _few_launcher(page, max_query_len, heads_each)((batch, 2, triton.cdiv(heads, heads_each)), *tensors, heads, *strides)
     else:
-        grid, warps = (touched_pages(slot_mapping.shape[0], batch, page.page_size), heads, 2), warps_of(page)
-        write_kernel[grid](
-            *tensors, batch, *strides, ENOUGH=MEAN_TOKENS, W=warps, BB=batch_block(batch), num_warps=warps, num_stages=1, **constants,
-            **registers_of(page),
-        )  # fmt: skip
+        grid = (touched_pages(slot_mapping.shape[0], batch, page.page_size), heads, 2)
+        _launcher(page, batch_block(batch))(grid, *tensors, batch, *strides)

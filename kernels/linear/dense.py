@@ -5,11 +5,14 @@ them. What a weight is rounded to is its value in x's type, as in a 16-bit check
 applies to the sum.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.linear.layout import named
 from qplugins.kernels.linear.product import constants, decoded, load, of_groups, rows_of_tiles
 from qplugins.kernels.linear.spec import Spec
@@ -43,15 +46,20 @@ def decode_kernel(
     tl.store(out + (n - first_row)[:, None].to(tl.int64) * K + k[None, :], d.to(dtype), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
+@cache
+def _launcher(spec: Spec, dtype: torch.dtype) -> Launcher:
+    fixed = {name: value for name, value in constants(spec, dtype, TILE).items() if name in decode_kernel.arg_names}
+    return Launcher(decode_kernel, **fixed, num_warps=TILE.warps, num_stages=1)
+
+
 def decode(spec: Spec, tensors: list[Tensor], first_row: int, out: Tensor) -> None:
     """out [rows, K] = rows first_row, a multiple of 64, and following of W, in out's type, bfloat16 or float16."""
     t = named("triton", spec, tensors)
     scale, zero, grouped = of_groups(t, t["row"])
     tiles_k = t["codes"].shape[1]
-    fixed = {name: value for name, value in constants(spec, out.dtype, TILE).items() if name not in ("BLOCK_M", "HOPPER")}
-    decode_kernel[(cdiv(out.shape[0], TILE.block_n), cdiv(tiles_k, TILE.step))](
-        t["codes"], t["row"], scale, zero, out, first_row,
-        first_row + out.shape[0], spec.k, tiles_k, 0 if grouped is None else grouped.shape[1], **fixed, num_warps=TILE.warps, num_stages=1,
+    _launcher(spec, out.dtype)(
+        (cdiv(out.shape[0], TILE.block_n), cdiv(tiles_k, TILE.step)),
+        t["codes"], t["row"], scale, zero, out, first_row, first_row + out.shape[0], spec.k, tiles_k, 0 if grouped is None else grouped.shape[1],
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.common.device import after_previous, dependent_launch, dot, on_hopper, prefetch
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.linear.layout import named
 from qplugins.kernels.linear.product import constants, decoded, load_groups, of_groups
 from qplugins.kernels.linear.spec import Spec
@@ -99,12 +100,18 @@ def constants_of(spec: Spec, dtype: torch.dtype) -> dict:
     return {name: value for name, value in of_product.items() if name in few_kernel.arg_names} | {"STEP": STEP, "WARPS": WARPS}
 
 
+@cache
+def _launcher(spec: Spec, dtype: torch.dtype, device: torch.device, bias: bool) -> Launcher:
+    stages = stages_of(spec, device) or min(STAGES.values())
+    return Launcher(few_kernel, **constants_of(spec, dtype), BIAS=bias, num_warps=WARPS, num_stages=stages, **dependent_launch())
+
+
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias. x and out are bfloat16 or float16 and contiguous along their rows; 0 < M <= MOST."""
     t = named("triton", spec, tensors)
     scale, zero, grouped = of_groups(t, t["row"])
-    few_kernel[(cdiv(spec.n, ROWS),)](
+    _launcher(spec, x.dtype, x.device, bias is not None)(
+        (cdiv(spec.n, ROWS),),
         x, t["codes"], t["row"], scale, zero, t["row"] if bias is None else bias, out, x.shape[0], spec.n, spec.k, x.stride(0), out.stride(0),
-        t["codes"].shape[1], 0 if grouped is None else grouped.shape[1], **constants_of(spec, x.dtype), BIAS=bias is not None, num_warps=WARPS,
-        num_stages=stages_of(spec, x.device) or min(STAGES.values()), **dependent_launch(),
+        t["codes"].shape[1], 0 if grouped is None else grouped.shape[1],
     )  # fmt: skip

@@ -5,6 +5,7 @@ s[m] = max_k |x[m, k]| / 448      q[m, k] = e4m3(x[m, k] / s[m])      y[m, n] = 
 """
 
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.common.device import after_previous, dependent_launch
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.decode.e4m3 import MAX
 from qplugins.kernels.linear import fp8_few, fp8_wide
 from qplugins.kernels.linear.layout import named
@@ -58,17 +60,20 @@ def quantize_kernel(
             tl.store(locks + tl.arange(0, LOCKS), 0)
 
 
+@cache
+def _quantizer(block: int, once: bool, static: bool, locks: int) -> Launcher:
+    warps = min(32, max(1, block // (32 * VALUES)))
+    return Launcher(quantize_kernel, STATIC=static, ONCE=once, BLOCK_K=block, LOCKS=locks, num_warps=warps, **dependent_launch())
+
+
 def quantize(x: Tensor, stored: Tensor | None = None, locks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (e4m3 [M, K], scale float32 [M, 1]). stored: float32 [1], the scale to use for every row; locks: int32, to be zeroed beside."""
     m, k = x.shape
     q = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    block = min(BLOCK, triton.next_power_of_2(k))
-    static = stored is not None
-    quantize_kernel[(m,)](
-        x, stored if static else x, q, scale, q if locks is None else locks, k, x.stride(0), STATIC=static, ONCE=k <= block, BLOCK_K=block,
-        LOCKS=0 if locks is None else locks.numel(), num_warps=min(32, max(1, block // (32 * VALUES))), **dependent_launch(),
-    )  # fmt: skip
+    block = min(BLOCK, 1 << (k - 1).bit_length())
+    launch = _quantizer(block, k <= block, stored is not None, 0 if locks is None else locks.numel())
+    launch((m,), x, x if stored is None else stored, q, scale, q if locks is None else locks, k, x.stride(0))
     return q, scale
 
 

@@ -10,12 +10,15 @@ in us (bench/results/fp8_tiles.json): 4096 x 4096 16.4, 10.8 and 11.7; 6144 x 40
 cache, made torch._scaled_mm a few percent quicker for some layers and slower for others, and this kernel slower.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.common.device import INTERPRET, dependent_launch, on_hopper
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.linear.product import leave_share, sum_shares
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import cdiv, multiprocessors
@@ -95,6 +98,14 @@ def variants(spec: Spec, device: torch.device) -> dict[tuple[int, bool], int]:
     return {(m, shares(spec, device)[0] > 1): m for m in STAGES if suits(m, spec)}
 
 
+@cache
+def _launcher(rows: int, bias: bool, shared: bool) -> Launcher:
+    return Launcher(
+        few_kernel, BIAS=bias, BLOCK_N=BLOCK_N, BLOCK_M=rows, BLOCK_K=BLOCK_K, SHARED_K=shared, num_warps=4, num_stages=STAGES[rows],
+        **dependent_launch(),
+    )  # fmt: skip
+
+
 def linear(
     q: Tensor, scale: Tensor, weight: Tensor, row: Tensor, spec: Spec, locks: Tensor, out: Tensor, bias: Tensor | None = None
 ) -> None:
@@ -104,8 +115,7 @@ def linear(
     rows = block_m(m)
     count, (split, steps) = blocks(spec), shares(spec, q.device)
     work = torch.empty(count * split * BLOCK_N * rows, dtype=torch.float32, device=q.device) if split > 1 else scale
-    few_kernel[(count, split)](
+    _launcher(rows, bias is not None, split > 1)(
+        (count, split),
         q, scale, weight, row, row if bias is None else bias, out, work, locks, m, n, k, out.stride(0), int(row.numel() > 1), split, steps,
-        BIAS=bias is not None, BLOCK_N=BLOCK_N, BLOCK_M=rows, BLOCK_K=BLOCK_K, SHARED_K=split > 1, num_warps=4, num_stages=STAGES[rows],
-        **dependent_launch(),
     )  # fmt: skip

@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qplugins.kernels.common.device import after_previous, on_hopper
+from qplugins.kernels.common.launch import Launcher, Place
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import cdiv, multiprocessors
 from qplugins.kernels.linear.wide import (
@@ -48,7 +49,7 @@ from qplugins.kernels.linear.wide import (
     expect_rows,
     load_rows,
     own_piece,
-    share_out,
+    schedule,
     tma_load,
     unaligned,
 )
@@ -234,7 +235,6 @@ def blocks_of(tile: WideTile) -> dict[str, tuple[list[int], gl.NVMMASharedLayout
     }
 
 
-@cache
 def constants(tile: WideTile) -> dict:
     """What the kernel is compiled for."""
     parts = tile.block_n // 64
@@ -302,6 +302,23 @@ def refuses(spec: Spec, out: Tensor) -> str | None:
     return unaligned("out", out)
 
 
+@lru_cache(maxsize=8192)
+def rows_by_tma(spec: Spec, tile: WideTile, m: int, q: Place, y: Place, stride_y: int) -> dict[str, TensorDescriptor]:
+    """Descriptors of q and y, by argument."""
+    of = {"q": (q, spec.k, spec.k), "part_of_q": (q, spec.k, spec.k), "y": (y, spec.n, stride_y)}
+    return {a: TensorDescriptor(place, [m, n], [stride, 1], *blocks_of(tile)[a]) for a, (place, n, stride) in of.items()}
+
+
+@lru_cache(maxsize=8192)
+def weight_by_tma(spec: Spec, tile: WideTile, weight: Place) -> TensorDescriptor:
+    return TensorDescriptor(weight, [spec.n, spec.k], [spec.k, 1], *blocks_of(tile)["weight"])
+
+
+@cache
+def _launcher(tile: WideTile, bias: bool) -> Launcher:
+    return Launcher(fp8_wide_kernel, **constants(tile), BIAS=bias, launch_pdl=True)
+
+
 def linear(
     q: Tensor, scale: Tensor, weight: Tensor, row: Tensor, spec: Spec, locks: Tensor, out: Tensor, bias: Tensor | None = None,
     tile: WideTile | None = None,
@@ -315,19 +332,15 @@ def linear(
     m, n = q.shape[0], spec.n
     tile = tile or choose(m, spec, q.device)
     blocks, steps = cdiv(m, tile.block_m) * cdiv(n, tile.block_n), cdiv(spec.k, 128)
-    programs = multiprocessors(q.device)
-    alone, share, work = blocks, 1, row
+    programs, alone, share = schedule(blocks, steps, tile.shared, multiprocessors(q.device))
+    work = row
     if tile.shared:
-        alone, share = share_out(blocks, steps, programs)
         if programs * tile.block_n // 64 > locks.numel():
             raise ValueError(f"{programs} programs share K with a tile {tile}, and there are {locks.numel()} locks")
         work = torch.empty(2 * programs * tile.block_n * tile.block_m, dtype=torch.float32, device=q.device)
-    else:
-        programs = min(programs, blocks)
-
-    of = {"q": q, "part_of_q": q, "weight": weight, "y": out}
-    a = {name: TensorDescriptor(of[name], list(of[name].shape), list(of[name].stride()), *how) for name, how in blocks_of(tile).items()}
-    fp8_wide_kernel[(programs,)](
-        a["q"], a["part_of_q"], scale, a["weight"], row, row if bias is None else bias, a["y"], work, locks,
-        m, n, int(row.numel() > 1), steps, alone, share, tile.stripe_m, **constants(tile), BIAS=bias is not None, launch_pdl=True,
+    rows = rows_by_tma(spec, tile, m, Place.of(q), Place.of(out), out.stride(0))
+    _launcher(tile, bias is not None)(
+        (programs,),
+        rows["q"], rows["part_of_q"], scale, weight_by_tma(spec, tile, Place.of(weight)), row, row if bias is None else bias, rows["y"], work, locks,
+        m, n, int(row.numel() > 1), steps, alone, share, tile.stripe_m,
     )  # fmt: skip

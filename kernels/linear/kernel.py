@@ -3,12 +3,16 @@
 A program owns BLOCK_N rows of W (whole tiles of 64) and BLOCK_M rows of x, and walks K, or its share of it, in steps of STEP tiles.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qplugins.kernels.common.device import after_previous, dependent_launch, on_hopper
+from qplugins.kernels.common.launch import Launcher
 from qplugins.kernels.linear.layout import named, tile_k
 from qplugins.kernels.linear.product import (
     block_at,
@@ -17,9 +21,9 @@ from qplugins.kernels.linear.product import (
     of_groups,
     prefetch_tiles,
     product,
-    share_k,
     shares,
     sum_shares,
+    sums_of,
 )
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import Tile, balanced, cdiv, choose, multiprocessors
@@ -69,10 +73,33 @@ def linear_kernel(
     tl.store(y + m[None, :].to(tl.int64) * stride_y + n[:, None], acc.to(dtype), mask=m_in & n_in[:, None])
 
 
-def early(m: int, spec: Spec, tile: Tile, device: torch.device) -> bool:
-    """Whether a product of m rows is launched beside the kernel in front of it."""
-    programs = cdiv(m, tile.block_m) * cdiv(spec.n, tile.block_n) * shares(cdiv(spec.k, tile_k(spec)), tile)[0]
-    return on_hopper() and tile.room > 0 and balanced(programs, tile.room, multiprocessors(device))
+class Schedule(NamedTuple):
+    """blocks   of y
+    split    programs that share a block's K
+    steps    of each of them
+    early    whether they are launched beside the kernel in front of them
+    """
+
+    blocks: int
+    split: int
+    steps: int
+    early: bool
+
+
+def schedule(m: int, spec: Spec, tile: Tile, device: torch.device) -> Schedule:
+    """How a product of m rows is launched."""
+    blocks = cdiv(m, tile.block_m) * cdiv(spec.n, tile.block_n)
+    split, steps = shares(cdiv(spec.k, tile_k(spec)), tile)
+    early = on_hopper() and tile.room > 0 and balanced(blocks * split, tile.room, multiprocessors(device))
+    return Schedule(blocks, split, steps, early)
+
+
+@cache
+def _launcher(spec: Spec, dtype: torch.dtype, tile: Tile, bias: bool, shared: bool, early: bool) -> Launcher:
+    return Launcher(
+        linear_kernel, **constants(spec, dtype, tile), BIAS=bias, SHARED_K=shared, num_warps=tile.warps, num_stages=tile.stages,
+        **dependent_launch(early),
+    )  # fmt: skip
 
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None, tile: Tile | None = None) -> None:
@@ -83,14 +110,11 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     t = named("triton", spec, tensors)
     m = x.shape[0]
     tile = tile or choose(m, spec, x.device)
-    tiles_k = t["codes"].shape[1]
-    blocks_m, blocks_n = cdiv(m, tile.block_m), cdiv(spec.n, tile.block_n)
-    split, steps, work = share_k(tiles_k, tile, blocks_m * blocks_n, t["locks"])
+    blocks, split, steps, early = schedule(m, spec, tile, x.device)
+    work = sums_of(blocks, split, tile, t["locks"])
     scale, zero, grouped = of_groups(t, t["row"])
-    pdl = early(m, spec, tile, x.device)
-    linear_kernel[(blocks_m * blocks_n, split)](
+    _launcher(spec, x.dtype, tile, bias is not None, split > 1, early)(
+        (blocks, split),
         x, t["codes"], t["row"], scale, zero, t["row"] if bias is None else bias, out, t["row"] if work is None else work, t["locks"], m, spec.n, spec.k, x.stride(0),
-        out.stride(0), tiles_k, 0 if grouped is None else grouped.shape[1], steps, split, tile.stripe_m,
-        **constants(spec, x.dtype, tile), BIAS=bias is not None, SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages,
-        **dependent_launch(pdl),
+        out.stride(0), t["codes"].shape[1], 0 if grouped is None else grouped.shape[1], steps, split, tile.stripe_m,
     )  # fmt: skip

@@ -37,6 +37,7 @@ Packed checkpoints hold tiles too. Whoever moves a bit of them raises the versio
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ class Weight:
         return self.tensors[0].device
 
 
+@cache
 def tensor_names(implementation: str, spec: Spec) -> tuple[str, ...]:
     """What `Weight.tensors` holds, in order. Raises ValueError for an implementation that there is none of."""
     layout = LAYOUTS.get(implementation)

@@ -44,19 +44,24 @@ def _linear(x: Tensor, tensors: list[Tensor], plan: str, bias: Tensor | None) ->
     layer = parse(plan)
     if x.shape[-1] != layer.k:
         raise ValueError(f"x should have K = {layer.k} columns for {plan}, has shape {tuple(x.shape)}")
-    rows = x.reshape(-1, layer.k)
+    # outside of CUDA graphs, and for few rows, the CPU's time is what a layer takes: what need not be done is not
+    rows = x if x.dim() == 2 else x.reshape(-1, layer.k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     y = torch.empty(rows.shape[0], layer.n, dtype=x.dtype, device=x.device)
     if y.numel():
+        bias = None if bias is None else bias.to(x.dtype)
+        on_cpu = x.device.type == "cpu"
         for shard in layer.shards:
             own = tensors[shard.first : shard.first + shard.count]
-            on_cpu = x.device.type == "cpu" and shard.spec.code is not None
-            run = _run_reference if on_cpu else _RUN[shard.implementation]
+            run = _run_reference if on_cpu and shard.spec.code is not None else _RUN[shard.implementation]
             inputs = rows if shard.columns is None else rows.index_select(1, tensors[shard.columns])
-            columns = slice(shard.start, shard.start + shard.spec.n)
-            run(inputs, shard, own, y[:, columns], None if bias is None else bias[columns].to(x.dtype))
-    return y.view(*x.shape[:-1], layer.n)
+            if shard.spec.n == layer.n:
+                run(inputs, shard, own, y, bias)
+            else:
+                columns = slice(shard.start, shard.start + shard.spec.n)
+                run(inputs, shard, own, y[:, columns], None if bias is None else bias[columns])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], layer.n)
 
 
 def _linear_fake(x: Tensor, tensors: list[Tensor], plan: str, bias: Tensor | None) -> Tensor:

@@ -15,8 +15,6 @@ Where there are too few blocks to keep the memory busy, split_k programs share a
 last to arrive adds them up in the order of K, so that the result does not depend on who was last.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -321,18 +319,13 @@ def shares(tiles_k: int, tile: Tile) -> tuple[int, int]:
     return cdiv(steps, each), each
 
 
-def share_k(tiles_k: int, tile: Tile, blocks: int, locks: Tensor | None) -> tuple[int, int, Tensor | None]:
-    """(split_k, steps of each share, work) for so many blocks.
-
-    locks  None: nobody shares
-    Raises ValueError where there are fewer locks than blocks that share K.
-    """
-    split, each = shares(tiles_k, tile if locks is not None else replace(tile, split_k=1))
+def sums_of(blocks: int, split: int, tile: Tile, locks: Tensor) -> Tensor | None:
+    """`work` for so many blocks, whose K `split` programs share. Raises ValueError where there are fewer locks than blocks that share K."""
     if split == 1:
-        return 1, each, None
+        return None
     if blocks > locks.numel():
         raise ValueError(f"{blocks} blocks share K, and there are {locks.numel()} locks")
-    return split, each, torch.empty(blocks * split * tile.block_n * tile.block_m, dtype=torch.float32, device=locks.device)
+    return torch.empty(blocks * split * tile.block_n * tile.block_m, dtype=torch.float32, device=locks.device)
 
 
 def constants(spec: Spec, dtype: torch.dtype, tile: Tile) -> dict:

@@ -19,9 +19,8 @@ from torch import Tensor
 from qplugins.kernels.common.device import on_hopper
 from qplugins.kernels.linear import dense, few, fp8, kernel, wide
 from qplugins.kernels.linear.layout import tile_k
-from qplugins.kernels.linear.product import shares
 from qplugins.kernels.linear.spec import Plan, Shard, Spec, parse
-from qplugins.kernels.linear.tiles import Tile, cdiv, choose
+from qplugins.kernels.linear.tiles import Tile, choose
 
 MOST = dense.LEAST_ROWS - 1  # rows that kernel.py has
 MOST_WIDE = 8192  # rows; for more of them wide.py's blocks stay the same
@@ -48,8 +47,8 @@ def variants(spec: Spec, device: torch.device) -> dict[tuple[Tile, bool, bool], 
     # every number of rows up to 128, then one of each 64, which no block of more rows divides
     for m in (*range(1, 129), *range(129, MOST + 1, 64)):
         tile = choose(m, spec, device)
-        shared = shares(cdiv(spec.k, tile_k(spec)), tile)[0] > 1
-        found.setdefault((replace(tile, split_k=1, stripe_m=1), shared, kernel.early(m, spec, tile, device)), m)
+        _, split, _, early = kernel.schedule(m, spec, tile, device)
+        found.setdefault((replace(tile, split_k=1, stripe_m=1), split > 1, early), m)
     return found
 
 

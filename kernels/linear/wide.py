@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qplugins.kernels.common.device import add, fma, mul, on_hopper, round_to
+from qplugins.kernels.common.launch import Launcher, Place
 from qplugins.kernels.decode.e2m1 import decode_e2m1
 from qplugins.kernels.decode.e4m3 import decode_e4m3
 from qplugins.kernels.decode.int4 import decode_int4
@@ -584,7 +585,6 @@ def stages(spec: Spec, tile: WideTile) -> int:
     return min(8, (SHARED_MEMORY - 1024 - nbytes["y"]) // (buffer + 16))
 
 
-@cache
 def constants(spec: Spec, dtype: torch.dtype, tile: WideTile) -> dict:
     """What the kernel is compiled for. dtype: of x."""
     up, down = powers(spec, dtype)
@@ -689,6 +689,36 @@ def suits(m: int, spec: Spec) -> bool:
     return any(m >= rows and spec.n * spec.k >= weights and spec.k >= columns for rows, weights, columns in LEAST.get(spec.bits, ()))
 
 
+@lru_cache(maxsize=8192)
+def schedule(blocks: int, steps: int, shared: bool, sms: int) -> tuple[int, int, int]:
+    """(programs, blocks that they compute alone, steps that each does of those which they share) for a product of so many blocks of so many steps."""
+    return (sms, *share_out(blocks, steps, sms)) if shared else (min(sms, blocks), blocks, 1)
+
+
+@lru_cache(maxsize=8192)
+def rows_by_tma(spec: Spec, tile: WideTile, m: int, x: Place, stride_x: int, y: Place, stride_y: int) -> dict[str, TensorDescriptor]:
+    """Descriptors of x and y, by argument."""
+    of = {"x": (x, spec.k, stride_x), "part": (x, spec.k, stride_x), "y": (y, spec.n, stride_y)}
+    return {a: TensorDescriptor(place, [m, n], [stride, 1], *blocks_of(spec, tile)[a]) for a, (place, n, stride) in of.items()}
+
+
+@lru_cache(maxsize=8192)
+def weights_by_tma(spec: Spec, tile: WideTile, codes: Place, scale: Place | None, zero: Place | None) -> dict[str, TensorDescriptor]:
+    """Descriptors of what a layer stores, by argument: those that TMA reads."""
+    found = {}
+    for name, place in (("codes", codes), ("scale", scale), ("zero", zero)):
+        if how := blocks_of(spec, tile).get(name):
+            width = how[0][1]
+            dtype = codes.dtype if name == "codes" else INTEGERS[16 // width]
+            found[name] = TensorDescriptor(place._replace(dtype=dtype), [place.nbytes // (width * dtype.itemsize), width], [width, 1], *how)
+    return found
+
+
+@cache
+def _launcher(spec: Spec, dtype: torch.dtype, tile: WideTile, bias: bool) -> Launcher:
+    return Launcher(wide_kernel, **constants(spec, dtype, tile), BIAS=bias, launch_pdl=True)
+
+
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None, tile: WideTile | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias. x and out are bfloat16 or float16, and `refuses` has nothing against them; M > 0.
 
@@ -696,27 +726,20 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     Raises ValueError where there are fewer locks than blocks that share K.
     """
     t = named("triton", spec, tensors)
-    m, codes, row = x.shape[0], t["codes"], t["row"]
+    m, codes, row, scale, zero = x.shape[0], t["codes"], t["row"], t.get("scale"), t.get("zero")
     tile = tile or choose(m, spec, x.device)
     blocks, steps = cdiv(m, tile.block_m) * cdiv(spec.n, tile.block_n), cdiv(spec.k, 64)
-    programs = multiprocessors(x.device)
-    alone, share, work = blocks, 1, row
+    programs, alone, share = schedule(blocks, steps, tile.shared, multiprocessors(x.device))
+    work = row
     if tile.shared:
-        alone, share = share_out(blocks, steps, programs)
         if blocks - alone > t["locks"].numel():
             raise ValueError(f"{blocks - alone} blocks share K, and there are {t['locks'].numel()} locks")
         work = torch.empty(2 * programs * tile.block_n * tile.block_m, dtype=torch.float32, device=x.device)
-    else:
-        programs = min(programs, blocks)
-
-    of = {"x": x, "part": x, "codes": codes.view(-1, 64), "y": out}
-    by_tma = blocks_of(spec, tile)
-    for name in by_tma.keys() - of.keys():
-        width = by_tma[name][0][1]
-        of[name] = t[name].view(INTEGERS[16 // width]).view(-1, width)
-    a = {name: TensorDescriptor(of[name], list(of[name].shape), list(of[name].stride()), *how) for name, how in by_tma.items()}
-    wide_kernel[(programs,)](
-        a["x"], a["part"], a["codes"], row, a.get("scale", row), a.get("zero", t.get("zero", row)), row if bias is None else bias, a["y"], work, t["locks"],
+    rows = rows_by_tma(spec, tile, m, Place.of(x), x.stride(0), Place.of(out), out.stride(0))
+    w = weights_by_tma(spec, tile, Place.of(codes), Place.of(scale), Place.of(zero))
+    _launcher(spec, x.dtype, tile, bias is not None)(
+        (programs,),
+        rows["x"], rows["part"], w["codes"], row, w.get("scale", row), w.get("zero", row if zero is None else zero), row if bias is None else bias,
+        rows["y"], work, t["locks"],
         m, spec.n, codes.shape[0], codes.shape[1], 64 * codes.shape[0], steps, alone, share, tile.stripe_m,
-        **constants(spec, x.dtype, tile), BIAS=bias is not None, launch_pdl=True,
     )  # fmt: skip

@@ -12,6 +12,8 @@ Results of a product stand at their choice's place c = t * k + j, not in the sor
 What chose no expert here is never written and never read. Between the steps values are rounded to x's dtype; all sums are float32.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from torch import Tensor
 from qplugins.kernels.common.device import after_previous, dependent_launch, dot
 from qplugins.kernels.linear import Plan, Shard
 from qplugins.kernels.linear.layout import named, tile_k
-from qplugins.kernels.linear.product import block_at, constants, leave_share, load_x, of_groups, product, share_k, sum_shares
+from qplugins.kernels.linear.product import block_at, constants, leave_share, load_x, of_groups, product, shares, sum_shares, sums_of
 from qplugins.kernels.linear.tiles import Tile
 from qplugins.kernels.moe.order import order
 from qplugins.kernels.moe.tiles import choose
@@ -163,12 +165,12 @@ def multiply(x: Tensor, top_k: int, order: Tensor, blocks: Tensor, shard: Shard,
         raise ValueError(f"plain experts should be {x.dtype}, as x is, are {w.dtype}")
     tiles_k = w.shape[2] if spec.code else triton.cdiv(spec.k, tile_k(spec))
     blocks_m, blocks_n = blocks.shape[1], triton.cdiv(spec.n, tile.block_n)
-    split, steps, work = share_k(tiles_k, tile, blocks_m * blocks_n, t.get("locks"))
-    row = t.get("row", w)
+    locks, row = t.get("locks"), t.get("row", w)
+    split, steps = shares(tiles_k, tile if locks is not None else replace(tile, split_k=1))
+    work = sums_of(blocks_m * blocks_n, split, tile, locks)
     scale, zero, grouped = of_groups(t, row)
     experts_kernel[(blocks_m * blocks_n, split)](
-        x, order, blocks, w, row, scale, zero, out, row if work is None else work,
-        t.get("locks", order),
+        x, order, blocks, w, row, scale, zero, out, row if work is None else work, order if locks is None else locks,
         spec.n, spec.k, x.stride(0), out.stride(0), 0 if grouped is None else grouped.stride(0), blocks_m, top_k, tiles_k,
         0 if grouped is None else grouped.shape[2], steps, split, tile.stripe_m,
         **constants(spec, x.dtype, tile), SHARED_K=split > 1, num_warps=tile.warps, num_stages=tile.stages,

@@ -31,7 +31,7 @@ def test_every_number_of_rows_runs_a_variant_that_is_warmed(s):
     assert 4 <= len(known) <= 16
     for m in range(1, variants.MOST + 1):
         tile = choose(m, s, CPU)
-        key = replace(tile, split_k=1, stripe_m=1), shares(-(-s.k // tile_k(s)), tile)[0] > 1, kernel.early(m, s, tile, CPU)
+        key = replace(tile, split_k=1, stripe_m=1), shares(-(-s.k // tile_k(s)), tile)[0] > 1, kernel.schedule(m, s, tile, CPU).early
         assert key in known, m
     for (tile, shared, _), m in known.items():
         assert tile.block_m == choose(m, s, CPU).block_m and shared <= (m <= 1024)
