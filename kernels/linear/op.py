@@ -97,9 +97,9 @@ def linear(x: Tensor, tensors: list[Tensor] | tuple[Tensor, ...], plan: str, bia
     plan     what `spec.plan` made of the shards
     Raises ValueError where x's K is not the plan's.
     """
-    return torch.ops.qplugins.linear(x, list(tensors), plan, bias)
+    return torch.ops.qplugins.linear.default(x, list(tensors), plan, bias)
 
 
 def embedding(ids: Tensor, tensors: list[Tensor] | tuple[Tensor, ...], plan: str, dtype: torch.dtype) -> Tensor:
     """Rows `ids` (any integer dtype and shape [...]) of a matrix, decoded: [..., K] of `dtype`."""
-    return torch.ops.qplugins.embedding(ids, list(tensors), plan, dtype)
+    return torch.ops.qplugins.embedding.default(ids, list(tensors), plan, dtype)

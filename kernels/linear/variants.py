@@ -11,7 +11,8 @@ numbers of rows that it captures graphs for, and the largest; a prompt in betwee
 """
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,15 +28,21 @@ MOST_WIDE = 8192  # rows; for more of them wide.py's blocks stay the same
 _done: set[tuple] = set()
 
 
+@lru_cache(maxsize=8192)
+def module_for(m: int, spec: Spec, device: torch.device) -> ModuleType:
+    """Which of the modules above multiplies m rows of x, but that wide.py may refuse where they lie."""
+    if few.suits(m, spec, device):
+        return few
+    if wide.suits(m, spec):
+        return wide
+    return dense if m >= dense.LEAST_ROWS else kernel
+
+
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see the modules above. M > 0."""
-    m = x.shape[0]
-    if few.suits(m, spec, x.device):
-        module = few
-    elif wide.suits(m, spec) and wide.refuses(spec, x, out) is None:
-        module = wide
-    else:
-        module = dense if m >= dense.LEAST_ROWS else kernel
+    module = module_for(x.shape[0], spec, x.device)
+    if module is wide and wide.refuses(spec, x, out) is not None:
+        module = dense if x.shape[0] >= dense.LEAST_ROWS else kernel
     module.linear(x, spec, tensors, out, bias)
 
 

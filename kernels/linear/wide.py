@@ -21,6 +21,7 @@ for W, though it may be another row's, is finite.
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import inf
+from typing import NamedTuple
 
 import torch
 import triton
@@ -689,7 +690,6 @@ def suits(m: int, spec: Spec) -> bool:
     return any(m >= rows and spec.n * spec.k >= weights and spec.k >= columns for rows, weights, columns in LEAST.get(spec.bits, ()))
 
 
-@lru_cache(maxsize=8192)
 def schedule(blocks: int, steps: int, shared: bool, sms: int) -> tuple[int, int, int]:
     """(programs, blocks that they compute alone, steps that each does of those which they share) for a product of so many blocks of so many steps."""
     return (sms, *share_out(blocks, steps, sms)) if shared else (min(sms, blocks), blocks, 1)
@@ -719,6 +719,29 @@ def _launcher(spec: Spec, dtype: torch.dtype, tile: WideTile, bias: bool) -> Lau
     return Launcher(wide_kernel, **constants(spec, dtype, tile), BIAS=bias, launch_pdl=True)
 
 
+class Prepared(NamedTuple):
+    """What follows from a product's sizes: how it is launched.
+
+    programs, sizes  the grid, and the kernel's arguments `steps`, `alone`, `share`, `stripe_m`
+    sharing          blocks that programs share
+    """
+
+    tile: WideTile
+    launch: Launcher
+    programs: int
+    sizes: tuple[int, int, int, int]
+    sharing: int
+
+
+@lru_cache(maxsize=8192)
+def prepare(m: int, spec: Spec, dtype: torch.dtype, device: torch.device, bias: bool, tile: WideTile | None) -> Prepared:
+    """dtype: of x; tile None: by the sizes."""
+    tile = tile or choose(m, spec, device)
+    blocks, steps = cdiv(m, tile.block_m) * cdiv(spec.n, tile.block_n), cdiv(spec.k, 64)
+    programs, alone, share = schedule(blocks, steps, tile.shared, multiprocessors(device))
+    return Prepared(tile, _launcher(spec, dtype, tile, bias), programs, (steps, alone, share, tile.stripe_m), blocks - alone)
+
+
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None, tile: WideTile | None = None) -> None:
     """out[M, N] = x[M, K] @ W.T + bias. x and out are bfloat16 or float16, and `refuses` has nothing against them; M > 0.
 
@@ -727,19 +750,17 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     """
     t = named("triton", spec, tensors)
     m, codes, row, scale, zero = x.shape[0], t["codes"], t["row"], t.get("scale"), t.get("zero")
-    tile = tile or choose(m, spec, x.device)
-    blocks, steps = cdiv(m, tile.block_m) * cdiv(spec.n, tile.block_n), cdiv(spec.k, 64)
-    programs, alone, share = schedule(blocks, steps, tile.shared, multiprocessors(x.device))
+    tile, launch, programs, sizes, sharing = prepare(m, spec, x.dtype, x.device, bias is not None, tile)
     work = row
     if tile.shared:
-        if blocks - alone > t["locks"].numel():
-            raise ValueError(f"{blocks - alone} blocks share K, and there are {t['locks'].numel()} locks")
+        if sharing > t["locks"].numel():
+            raise ValueError(f"{sharing} blocks share K, and there are {t['locks'].numel()} locks")
         work = torch.empty(2 * programs * tile.block_n * tile.block_m, dtype=torch.float32, device=x.device)
     rows = rows_by_tma(spec, tile, m, Place.of(x), x.stride(0), Place.of(out), out.stride(0))
     w = weights_by_tma(spec, tile, Place.of(codes), Place.of(scale), Place.of(zero))
-    _launcher(spec, x.dtype, tile, bias is not None)(
+    launch(
         (programs,),
         rows["x"], rows["part"], w["codes"], row, w.get("scale", row), w.get("zero", row if zero is None else zero), row if bias is None else bias,
         rows["y"], work, t["locks"],
-        m, spec.n, codes.shape[0], codes.shape[1], 64 * codes.shape[0], steps, alone, share, tile.stripe_m,
+        m, spec.n, codes.shape[0], codes.shape[1], 64 * codes.shape[0], *sizes,
     )  # fmt: skip
