@@ -40,17 +40,18 @@ CLOCK_GHZ = 1.755  # cycles are microseconds at that: the model only compares
 
 
 def fp8_layer(multiply: Callable, q: QuantizedTensor, count: int) -> Calls:
-    """The quantizer and multiply(q, scale, weight, row, spec, locks, y), as bench/linear.py has implementations."""
+    """The quantizer and multiply(q, scale, weight, row, spec, locks, y), as bench/linear.py has implementations; torch._scaled_mm as fp8.py has it."""
     w = pack(q, "scaled_mm", activation="token")
     sets = [[t.view(torch.uint8).roll(i, 0).view(t.dtype) for t in w.tensors] for i in range(count)]
 
     def calls(x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-        y = torch.empty(x.shape[0], w.spec.n, dtype=x.dtype, device=x.device)
+        rows = fp8.padded(x.shape[0]) if multiply is _by_scaled_mm else x.shape[0]
+        y = torch.empty(rows, w.spec.n, dtype=x.dtype, device=x.device)
 
         def call(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
             locks = torch.empty(fp8.LOCKS, dtype=torch.int32, device=x.device)
-            multiply(*fp8.quantize(x, None, locks), weight, row, w.spec, locks, y)
-            return y
+            multiply(*fp8.quantize(x, None, locks, rows), weight, row, w.spec, locks, y)
+            return y[: x.shape[0]]
 
         return [lambda s=s: call(*s) for s in sets]
 
@@ -77,6 +78,7 @@ class Product:
     """implementations  of a format's product: what else there is, and every tile
     rival      the one of them that runs where this does not
     constants  of the model, after the sizes in the arguments of `module.cycles`
+    others     and of the rival's, as arguments of `module.cycles_of_scaled_mm` after the sizes
     rows       (least, most) that the model is fitted to
     quantizer  (us, values in a us) that x takes before; as it was alone on an H100 for up to 512 rows, to 0.3 us
     """
@@ -85,13 +87,20 @@ class Product:
     implementations: Callable[[str], dict]
     rival: str
     constants: tuple[str, ...]
+    others: tuple[str, ...] = ()
     rows: tuple[float, float] = (0, inf)
     quantizer: tuple[float, float] = (0, inf)
 
 
 WIDE = Product(wide, _of_weights, "kernel.py", ("BLOCK", "SUM"))
 FP8 = Product(
-    fp8_wide, _of_fp8, "quantizer + scaled_mm", ("BLOCK", "SUM", "START", "MEMORY"), (fp8_wide.LEAST, fp8_wide.MOST[-1][0]), (1.3, 1.9e6)
+    fp8_wide,
+    _of_fp8,
+    "quantizer + scaled_mm",
+    ("BLOCK", "SUM", "START", "MEMORY"),
+    ("SCALED_STEP", "SCALED_START"),
+    (fp8_wide.LEAST, fp8_wide.MOST),
+    (1.3, 1.9e6),
 )
 
 
@@ -123,16 +132,22 @@ def fit(of: Product, rows: list[dict]) -> str:
     """What the kernel's file should have, by least squares of the logarithms."""
     from scipy.optimize import least_squares
 
-    known, names = tiles(of.module), of.constants
+    known, names = tiles(of.module), of.constants + of.others
     blocks = [(t.block_n, t.block_m) for t, _ in of.module.TILES]
     start = [*(step for _, step in of.module.TILES), *(getattr(of.module, name) for name in names)]
+    end = len(blocks) + len(of.constants)
 
-    def us(case: dict, tile: wide.WideTile, x: list[float]) -> float:
-        step = x[blocks.index((tile.block_n, tile.block_m))]
-        cycles = of.module.cycles(tile, step, case["m"], case["n"], case["k"], 132, *x[len(blocks) :])
+    def us(case: dict, tile: wide.WideTile | None, x: list[float]) -> float:
+        """None: of the rival."""
+        sizes = case["m"], case["n"], case["k"], 132
+        if tile is None:
+            cycles = of.module.cycles_of_scaled_mm(*sizes, *x[end:])
+        else:
+            cycles = of.module.cycles(tile, x[blocks.index((tile.block_n, tile.block_m))], *sizes, *x[len(blocks) : end])
         return cycles / CLOCK_GHZ / 1000 + of.quantizer[0] + case["m"] * case["k"] / of.quantizer[1]
 
-    seen = [(r["case"], known[r["impl"]], r["us"]) for r in rows if r["us"] and r["impl"] in known]
+    modelled = known | ({of.rival: None} if of.others else {})
+    seen = [(r["case"], modelled[r["impl"]], r["us"]) for r in rows if r["us"] and r["impl"] in modelled]
     seen = [(case, tile, t) for case, tile, t in seen if of.rows[0] <= case["m"] <= of.rows[1] and us(case, tile, start) < inf]
 
     def off(x: list[float]) -> list[float]:

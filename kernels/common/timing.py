@@ -16,6 +16,7 @@ def time_us(calls: list[Callable[[], object]], rep_ms: float = 20) -> float:
         for call in calls:
             call()
 
+    torch.cuda.synchronize()  # graphs run on a stream of their own, which does not wait for what still makes the inputs
     return triton.testing.do_bench_cudagraph(all_of_them, rep=rep_ms, return_mode="median") * 1000 / len(calls)
 
 

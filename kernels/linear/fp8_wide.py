@@ -37,6 +37,7 @@ from qplugins.kernels.common.launch import Launcher, Place
 from qplugins.kernels.linear.spec import Spec
 from qplugins.kernels.linear.tiles import cdiv, multiprocessors
 from qplugins.kernels.linear.wide import (
+    CACHE,
     ROWS,
     SHARED_MEMORY,
     SWIZZLED,
@@ -50,6 +51,7 @@ from qplugins.kernels.linear.wide import (
     load_rows,
     own_piece,
     schedule,
+    share_out,
     tma_load,
     unaligned,
 )
@@ -209,19 +211,22 @@ def fp8_wide_kernel(
 # four to times of five layers on an H100; with those of eight in bench/results/fp8_tiles.json, tiles chosen by them take 1.3 % longer than the best.
 # Tiles of 64 rows of W were 2 % quicker than the best of these at most
 TILES = (
-    (WideTile(128, 32), 270),
-    (WideTile(128, 64), 490),
-    (WideTile(128, 128), 720),
-    (WideTile(192, 128), 970),
+    (WideTile(128, 32), 484),
+    (WideTile(128, 64), 598),
+    (WideTile(128, 128), 852),
+    (WideTile(192, 128), 1080),
 )
-BLOCK = 2000  # cycles that a block, or a part of one, takes besides
-SUM = 29  # bytes of sums that are left or added up in a cycle
-START = 3900  # cycles besides where W comes later than it could be multiplied
-MEMORY = 11.2  # bytes of W in a cycle, of a multiprocessor's share of the memory's bandwidth
+BLOCK = -1121  # cycles that a block, or a part of one, takes besides
+SUM = 27.6  # bytes of sums that are left or added up in a cycle
+START = 9146  # cycles besides where W comes later than it could be multiplied
+MEMORY = 12  # bytes of W in a cycle, of a multiprocessor's share of the memory's bandwidth
 SHARED = 128  # rows of a block from which on programs share K: with fewer it cost more than it gained
 LEAST = 33  # rows; fp8_few.py is for fewer
-# (rows up to which this is quicker than the quantizer and torch._scaled_mm, columns of the longest rows of W with which it is)
-MOST = ((384, inf), (512, 8192))
+SURE = 64  # rows up to which this was quicker than torch._scaled_mm for every layer
+MOST = 1152  # and up to here it may be quicker than torch._scaled_mm; with more rows, the GPU slows down for want of power, and this kernel the more
+SCALED_STEP = 739  # cycles that torch._scaled_mm takes for 128 columns of K
+SCALED_START = 6250  # and besides
+MARGIN = 1.05  # by which it may be quicker than the model has it
 
 
 @cache
@@ -253,6 +258,12 @@ def constants(tile: WideTile) -> dict:
     }
 
 
+def cycles_of_scaled_mm(m: int, n: int, k: int, sms: int, step: float = SCALED_STEP, start: float = SCALED_START) -> float:
+    """What torch._scaled_mm takes, which cuts y into blocks of 128 x 128, and has one a multiprocessor at a time."""
+    rounds = cdiv(cdiv(m, 128) * cdiv(n, 128), sms)
+    return max(rounds * cdiv(k, 128) * step, n * k / (MEMORY * sms)) + start
+
+
 def cycles(
     tile: WideTile, step: float, m: int, n: int, k: int, sms: int,
     block: float = BLOCK, sums: float = SUM, start: float = START, memory: float = MEMORY,
@@ -264,6 +275,11 @@ def cycles(
     blocks, steps = cdiv(m, tile.block_m) * cdiv(n, tile.block_n), cdiv(k, 128)
     own, besides = busiest(tile, blocks, steps, sms, block, sums)
     by_memory = n * k / (memory * sms)
+    if tile.shared and own < inf and m > tile.block_m and n * k > CACHE:
+        # programs that share are at different columns of W, so that each reads its rows for itself, where W does not stay in the L2 cache
+        alone, share = share_out(blocks, steps, sms)
+        if share < steps:
+            besides += max(0, (blocks - alone) * tile.block_n * k / (memory * sms) - share * step)
     last = blocks % sms
     if last and blocks > sms and not tile.shared:
         # the last blocks' programs are too few to ask for W as fast as it could come
@@ -278,17 +294,23 @@ def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
     return min(candidates, key=lambda entry: cycles(*entry, m, spec.n, spec.k, multiprocessors(device)))[0]
 
 
-def suits(m: int, spec: Spec) -> bool:
-    """Whether this is the product for m rows: on an H100 it was the quicker one for nearly every layer that was timed; for some with more rows too."""
-    return m >= LEAST and any(m <= rows and spec.k <= columns for rows, columns in MOST)
+@lru_cache(maxsize=8192)
+def suits(m: int, spec: Spec, device: torch.device) -> bool:
+    """Whether this is quicker for m rows than torch._scaled_mm: for few it was, and for more by the model, where blocks of 128 x 128 leave many
+    multiprocessors idle in the end."""
+    if not SURE < m <= MOST:
+        return LEAST <= m <= SURE
+    tile, sms = choose(m, spec, device), multiprocessors(device)
+    step = next(step for known, step in TILES if replace(tile, shared=False) == known)
+    return cycles(tile, step, m, spec.n, spec.k, sms) * MARGIN < cycles_of_scaled_mm(m, spec.n, spec.k, sms)
 
 
 @cache
 def variants(spec: Spec, device: torch.device) -> dict[WideTile, int]:
     """Every tile that runs -> a number of rows that it runs for."""
     found: dict[WideTile, int] = {}
-    for m in range(32, MOST[-1][0] + 1, 32):  # numbers that need the same blocks of any tile count as one
-        if suits(m, spec):
+    for m in range(64, MOST + 1, 32):  # numbers that need the same blocks of any tile count as one
+        if suits(m, spec, device):
             found.setdefault(choose(m, spec, device), m)
     return found
 

@@ -48,7 +48,10 @@ def _linear(x: Tensor, tensors: list[Tensor], plan: str, bias: Tensor | None) ->
     rows = x if x.dim() == 2 else x.reshape(-1, layer.k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    y = torch.empty(rows.shape[0], layer.n, dtype=x.dtype, device=x.device)
+    m = rows.shape[0]
+    wanted = fp8.padded(m) if any(shard.implementation == "scaled_mm" for shard in layer.shards) else m
+    whole = torch.empty(wanted, layer.n, dtype=x.dtype, device=x.device)
+    y = whole if wanted == m else whole[:m]
     if y.numel():
         bias = None if bias is None else bias.to(x.dtype)
         on_cpu = x.device.type == "cpu"
@@ -56,11 +59,12 @@ def _linear(x: Tensor, tensors: list[Tensor], plan: str, bias: Tensor | None) ->
             own = tensors[shard.first : shard.first + shard.count]
             run = _run_reference if on_cpu and shard.spec.code is not None else _RUN[shard.implementation]
             inputs = rows if shard.columns is None else rows.index_select(1, tensors[shard.columns])
+            out = whole if run is _run_scaled_mm else y
             if shard.spec.n == layer.n:
-                run(inputs, shard, own, y, bias)
+                run(inputs, shard, own, out, bias)
             else:
                 columns = slice(shard.start, shard.start + shard.spec.n)
-                run(inputs, shard, own, y[:, columns], None if bias is None else bias[columns])
+                run(inputs, shard, own, out[:, columns], None if bias is None else bias[columns])
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layer.n)
 
 
