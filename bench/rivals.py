@@ -33,11 +33,11 @@ def scaled_mm(q: QuantizedTensor, copies: int, quantizer: bool = False) -> Calls
 
     def calls(x: Tensor) -> list[Callable[[], Tensor]]:
         if quantizer:
-            y = torch.empty(x.shape[0], w.spec.n, dtype=x.dtype, device=x.device)
+            y = torch.empty(fp8.padded(x.shape[0]), w.spec.n, dtype=x.dtype, device=x.device)
 
             def call(tensors: list[Tensor]) -> Tensor:
                 fp8.linear(x, w.spec, tensors, y)
-                return y
+                return y[: x.shape[0]]
 
             return [lambda t=t: call(t) for t in ws]
         a, s = fp8.quantize(x)

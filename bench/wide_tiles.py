@@ -36,6 +36,7 @@ from qplugins.kernels.linear import fp8, fp8_few, fp8_wide, kernel, pack, wide, 
 from qplugins.kernels.quantized import QuantizedTensor  # noqa: E402
 
 ROWS = (32, 64, 96, 128, 192, 256, 512, 1024)
+FP8_ROWS = (*range(16, 65, 16), *range(80, 129, 16), *range(160, 257, 32), *range(320, 1153, 64), 1536, 2048)
 CLOCK_GHZ = 1.755  # cycles are microseconds at that: the model only compares
 
 
@@ -80,6 +81,7 @@ class Product:
     constants  of the model, after the sizes in the arguments of `module.cycles`
     others     and of the rival's, as arguments of `module.cycles_of_scaled_mm` after the sizes
     rows       (least, most) that the model is fitted to
+    timed      rows that are timed
     quantizer  (us, values in a us) that x takes before; as it was alone on an H100 for up to 512 rows, to 0.3 us
     """
 
@@ -89,6 +91,7 @@ class Product:
     constants: tuple[str, ...]
     others: tuple[str, ...] = ()
     rows: tuple[float, float] = (0, inf)
+    timed: tuple[int, ...] = ROWS
     quantizer: tuple[float, float] = (0, inf)
 
 
@@ -100,6 +103,7 @@ FP8 = Product(
     ("BLOCK", "SUM", "START", "MEMORY"),
     ("SCALED_STEP", "SCALED_START"),
     (fp8_wide.LEAST, fp8_wide.MOST),
+    FP8_ROWS,
     (1.3, 1.9e6),
 )
 
@@ -153,7 +157,7 @@ def fit(of: Product, rows: list[dict]) -> str:
     def off(x: list[float]) -> list[float]:
         return [log(us(case, tile, x) / t) for case, tile, t in seen]
 
-    x = list(least_squares(off, start, x_scale=start, loss="soft_l1", f_scale=0.05).x)
+    x = list(least_squares(off, start, x_scale=[abs(v) for v in start], loss="soft_l1", f_scale=0.05).x)
     lines = [[f"{n}x{m}", f"{step:.0f}"] for (n, m), step in zip(blocks, x, strict=False)]
     constants = (f"{name} {value:.4g}" for name, value in zip(names, x[len(blocks) :], strict=True))
     found = [table(["tile", "cycles of a step"], lines), ", ".join(constants)]
@@ -165,7 +169,7 @@ def fit(of: Product, rows: list[dict]) -> str:
     regrets, gains = defaultdict(list), []
     for key, times in by_case.items():
         case, ours = dict(key), {name: t for name, t in times.items() if name in known}
-        usable = [name for name in ours if of is FP8 or wide.usable(known[name], case["m"])]
+        usable = [name for name in ours if of.module.usable(known[name], case["m"])]
         chosen = min(usable, key=lambda name: us(case, known[name], x))
         regrets[case["m"]].append(ours[chosen] / min(ours.values()))
         if of.rival in times:
@@ -182,7 +186,7 @@ def main() -> None:
     p.add_argument("--fp8", action="store_true", help="the product of rounded x, not of weights only")
     p.add_argument("--formats", nargs="+", default=["nvfp4", "int4_g128"], choices=list(workload.FORMATS))
     p.add_argument("--models", nargs="+", default=["8b", "70b"], choices=list(workload.MODELS))
-    p.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    p.add_argument("--rows", nargs="+", type=int)
     p.add_argument("--rep", type=float, default=1.5, help="milliseconds that a timing takes, ten times over")
     p.add_argument("--compile", type=int, default=8, metavar="N", help="processes that compile")
     p.add_argument("--fit", type=Path, metavar="FILE", help="of times that were saved")
@@ -193,7 +197,7 @@ def main() -> None:
     if a.fit is None:
         if not torch.cuda.is_available():
             sys.exit("no GPU here: the benchmark times kernels on one")
-        save(out, measure(of, formats, a.models, a.rows, a.rep, a.compile), command=command())
+        save(out, measure(of, formats, a.models, a.rows or of.timed, a.rep, a.compile), command=command())
     print(fit(of, json.loads((a.fit or out).read_text())["rows"]))
 
 

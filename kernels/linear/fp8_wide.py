@@ -11,8 +11,9 @@ This comes up beside the kernel in front of it, which has to be the quantizer, o
 one come up: so W is read only when whoever wrote it is done. `after_previous` says what that costs kernels of which programs share a
 multiprocessor; of this one's, each needs nearly all of one's shared memory.
 
-On an H100 the quantizer and this took, over eight layers of Llama 8B and 70B, 0.69 to 0.97 of the time of the quantizer and torch._scaled_mm with 48
-to 512 rows of x, least where rows are no multiple of 128, and at worst 1.09; with more rows, more (bench/results/fp8_tiles.json).
+torch._scaled_mm cuts y into blocks of 128 x 128, so that it takes as long for 133 of them as for 264; this is for where that leaves many
+multiprocessors idle, and for few rows. On an H100 what `suits` picks took, with the quantizer and over eight layers of Llama 8B and 70B, 0.81 to 1.0 of
+the time of the quantizer and torch._scaled_mm for 48 to 1,024 rows of x, and 1.16 at worst (bench/results/fp8_tiles.json).
 """
 
 from dataclasses import replace
@@ -207,26 +208,26 @@ def fp8_wide_kernel(
         )
 
 
-# with the cycles that 128 columns of K take; the tensor core alone would take block_n * block_m / 32. bench/wide_tiles.py fitted these and the next
-# four to times of five layers on an H100; with those of eight in bench/results/fp8_tiles.json, tiles chosen by them take 1.3 % longer than the best.
-# Tiles of 64 rows of W were 2 % quicker than the best of these at most
+# with the cycles that 128 columns of K take; the tensor core alone would take block_n * block_m / 32. bench/wide_tiles.py fitted these and the other
+# constants to bench/results/fp8_tiles.json, of an H100. Tiles of 64 rows of W were 2 % quicker than the best of these at most
 TILES = (
-    (WideTile(128, 32), 484),
+    (WideTile(128, 32), 490),
     (WideTile(128, 64), 598),
-    (WideTile(128, 128), 852),
-    (WideTile(192, 128), 1080),
+    (WideTile(128, 128), 829),
+    (WideTile(192, 128), 1063),
 )
-BLOCK = -1121  # cycles that a block, or a part of one, takes besides
-SUM = 27.6  # bytes of sums that are left or added up in a cycle
-START = 9146  # cycles besides where W comes later than it could be multiplied
-MEMORY = 12  # bytes of W in a cycle, of a multiprocessor's share of the memory's bandwidth
+BLOCK = (
+    -1023
+)  # cycles that a block, or a part of one, takes besides; less than none, since START has too many for all but memory-bound products
+SUM = 28.2  # bytes of sums that are left or added up in a cycle
+START = 8966  # cycles besides where W comes later than it could be multiplied
+MEMORY = 12.0  # bytes of W in a cycle, of a multiprocessor's share of the memory's bandwidth
 SHARED = 128  # rows of a block from which on programs share K: with fewer it cost more than it gained
 LEAST = 33  # rows; fp8_few.py is for fewer
 SURE = 64  # rows up to which this was quicker than torch._scaled_mm for every layer
-MOST = 1152  # and up to here it may be quicker than torch._scaled_mm; with more rows, the GPU slows down for want of power, and this kernel the more
-SCALED_STEP = 739  # cycles that torch._scaled_mm takes for 128 columns of K
-SCALED_START = 6250  # and besides
-MARGIN = 1.05  # by which it may be quicker than the model has it
+MOST = 1024  # and up to here it may be. With more the GPU slows down for want of power, and this kernel the more
+SCALED_STEP = 744  # cycles that torch._scaled_mm takes for 128 columns of K
+SCALED_START = 4773  # and besides
 
 
 @cache
@@ -287,10 +288,17 @@ def cycles(
     return max(own * step, start + by_memory) + besides
 
 
+def usable(tile: WideTile, m: int) -> bool:
+    """Whether the tile is one for m rows: W comes late for three and more blocks of 32."""
+    return m <= 64 or tile.block_m > 32
+
+
 @lru_cache(maxsize=8192)
 def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
     """The tile with which the product is done first."""
-    candidates = [(replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, tile.block_m >= SHARED)]
+    candidates = [
+        (replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, tile.block_m >= SHARED) if usable(tile, m)
+    ]
     return min(candidates, key=lambda entry: cycles(*entry, m, spec.n, spec.k, multiprocessors(device)))[0]
 
 
@@ -302,7 +310,7 @@ def suits(m: int, spec: Spec, device: torch.device) -> bool:
         return LEAST <= m <= SURE
     tile, sms = choose(m, spec, device), multiprocessors(device)
     step = next(step for known, step in TILES if replace(tile, shared=False) == known)
-    return cycles(tile, step, m, spec.n, spec.k, sms) * MARGIN < cycles_of_scaled_mm(m, spec.n, spec.k, sms)
+    return cycles(tile, step, m, spec.n, spec.k, sms) < cycles_of_scaled_mm(m, spec.n, spec.k, sms)
 
 
 @cache

@@ -30,6 +30,18 @@ def test_a_row_of_zeros_and_what_a_stored_scale_does_not_reach(device):
     assert (q.float() == -448).all()
 
 
+def test_rows_to_spare(device, monkeypatch):
+    """torch._scaled_mm gets whole blocks of rows on Hopper, and what is in those that nobody asked for does not matter."""
+    monkeypatch.setattr(fp8, "on_hopper", lambda: True)
+    assert [fp8.padded(m) for m in (1, 127, 128, 129, 256, 700)] == [1, 127, 128, 256, 256, 768]
+    monkeypatch.setattr(fp8, "on_hopper", lambda: False)
+    assert fp8.padded(700) == 700
+    x = torch.randn(3, 64, device=device, dtype=torch.bfloat16)
+    (q, scale), (more, scales) = fp8.quantize(x), fp8.quantize(x, rows=8)
+    assert more.shape == (8, 64) and scales.shape == (8, 1)
+    assert torch.equal(more[:3].view(torch.uint8), q.view(torch.uint8)) and torch.equal(scales[:3], scale)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 1000), (64, 14336)])
@@ -87,7 +99,7 @@ def test_one_scale_a_matrix_is_kept_as_one_only_where_x_has_one_too():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 17, 64, 300])
+@pytest.mark.parametrize("m", [1, 17, 64, 300, 1100])
 @pytest.mark.parametrize("kind", ["token", "static row", "static matrix"])
 def test_scaled_mm(kind, m, device):
     if device.type != "cuda" or torch.cuda.get_device_capability() < (8, 9):

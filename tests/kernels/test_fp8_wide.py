@@ -65,11 +65,11 @@ def test_every_number_of_rows_runs_a_tile_that_is_warmed(n, k):
     s = spec("e4m3*f32/row", n, k)
     known = fp8_wide.variants(s, CPU)
     assert 1 <= len(known) <= len(TILES)
-    for m in range(1, 1000):
-        if fp8_wide.suits(m, s):
+    for m in range(1, 1200):
+        if fp8_wide.suits(m, s, CPU):
             assert fp8_wide.choose(m, s, CPU) in known, m
     for tile, m in known.items():
-        assert fp8_wide.suits(m, s) and fp8_wide.choose(m, s, CPU) == tile
+        assert fp8_wide.suits(m, s, CPU) and fp8_wide.choose(m, s, CPU) == tile
 
 
 def test_what_runs_is_nearly_the_quickest_that_was_timed(monkeypatch):
@@ -86,10 +86,15 @@ def test_what_runs_is_nearly_the_quickest_that_was_timed(monkeypatch):
         names = {fp8_few: "fp8_few.py", fp8_wide: str(fp8_wide.choose(m, s, CPU)), None: "quantizer + scaled_mm"}
         runs = names[fp8._ours(m, s, torch.empty(m, n, dtype=torch.bfloat16))]
         by_scaled_mm.append(us[runs] / us["quantizer + scaled_mm"])
-        if m <= 512:
-            longer.append(us[runs] / min(us.values()))
-    assert len(longer) == 96 and geometric_mean(longer) < 1.02 and max(longer) < 1.15
-    assert max(by_scaled_mm) < 1.1 and geometric_mean(by_scaled_mm) < 0.85
+        longer.append(us[runs] / min(us.values()))
+    assert len(longer) == 224 and geometric_mean(longer) < 1.03 and max(longer) < 1.25
+    assert max(by_scaled_mm) < 1.2 and geometric_mean(by_scaled_mm) < 0.92
+
+
+def test_more_rows_where_scaled_mm_leaves_much_of_the_gpu_idle():
+    """Of 4096 x 14336 it has 160 blocks with 576 rows, two rounds of 132 multiprocessors; with 512 it has one of 128."""
+    s = spec("e4m3*f32/row", 4096, 14336)
+    assert fp8_wide.suits(576, s, CPU) and not fp8_wide.suits(512, s, CPU)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,7 @@ def test_what_tma_does_not_take_is_refused(k, width, why, monkeypatch):
     ("m", "k", "width", "ours"),
     [
         (1, 1024, 64, fp8_few), (32, 1024, 68, fp8_few), (33, 1024, 64, fp8_wide), (33, 1024, 68, None), (32, 1040, 64, None), (64, 1040, 64, fp8_wide),
-        (512, 8192, 64, fp8_wide), (513, 8192, 64, None), (384, 8320, 64, fp8_wide), (385, 8320, 64, None),
+        (1025, 1024, 64, None),
     ],
 )  # fmt: skip
 def test_rows_sizes_and_the_output_decide_what_runs(m, k, width, ours, monkeypatch):
