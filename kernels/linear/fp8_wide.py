@@ -211,23 +211,21 @@ def fp8_wide_kernel(
 # with the cycles that 128 columns of K take; the tensor core alone would take block_n * block_m / 32. bench/wide_tiles.py fitted these and the other
 # constants to bench/results/fp8_tiles.json, of an H100. Tiles of 64 rows of W were 2 % quicker than the best of these at most
 TILES = (
-    (WideTile(128, 32), 490),
-    (WideTile(128, 64), 598),
-    (WideTile(128, 128), 829),
-    (WideTile(192, 128), 1063),
+    (WideTile(128, 32), 481),
+    (WideTile(128, 64), 588),
+    (WideTile(128, 128), 825),
+    (WideTile(192, 128), 1054),
 )
-BLOCK = (
-    -1023
-)  # cycles that a block, or a part of one, takes besides; less than none, since START has too many for all but memory-bound products
-SUM = 28.2  # bytes of sums that are left or added up in a cycle
+BLOCK = -1175  # cycles that a block, or a part of one, takes besides; less than none, as START has too many
+SUM = 28.1  # bytes of sums that are left or added up in a cycle
 START = 8966  # cycles besides where W comes later than it could be multiplied
-MEMORY = 12.0  # bytes of W in a cycle, of a multiprocessor's share of the memory's bandwidth
+MEMORY = 11.9  # bytes of W in a cycle, of a multiprocessor's share of the memory's bandwidth
 SHARED = 128  # rows of a block from which on programs share K: with fewer it cost more than it gained
 LEAST = 33  # rows; fp8_few.py is for fewer
 SURE = 64  # rows up to which this was quicker than torch._scaled_mm for every layer
 MOST = 1024  # and up to here it may be. With more the GPU slows down for want of power, and this kernel the more
-SCALED_STEP = 744  # cycles that torch._scaled_mm takes for 128 columns of K
-SCALED_START = 4773  # and besides
+SCALED_STEP = 746  # cycles that torch._scaled_mm takes for 128 columns of K
+SCALED_START = 4730  # and besides
 
 
 @cache
