@@ -90,5 +90,9 @@ KV: dict[str, tuple[Cell, Cell]] = {
         Refused(_MODELS_REFUSED),
     ),
     "layers left in 16 bits by the engine's own option": (Refused(_KV_REFUSED), None),
-    "hierarchical cache, disaggregation": (None, Refused(_PAGES_REFUSED)),
+    "pages sent to another server (KV connectors, disaggregation)": (
+        Works(VLLM + "test_transfer.py::test_pages_arrive_as_they_were"),
+        Refused(_PAGES_REFUSED),
+    ),
+    "hierarchical cache": (None, Refused(_PAGES_REFUSED)),
 }

@@ -17,13 +17,17 @@ MAX_INT32 = 2**31 - 1
 class Launcher:
     """A kernel with all its constants: `Launcher(kernel, BLOCK=64, num_warps=4)(grid, x, y, n)` is `kernel[grid](x, y, n, BLOCK=64, num_warps=4)`.
 
-    constants  of the kernel, which its last parameters are, and Triton's options
+    constants  of the kernel, all of its last parameters, and Triton's options
     Not asked again is what Triton asks besides: whether its knobs, or a global variable that the kernel reads, have changed since the first launch.
+    Raises TypeError where one of the constants has a parameter behind it that is none.
     """
 
     def __init__(self, kernel: Any, **constants: object) -> None:
         self.kernel, self.constants = kernel, constants
-        self.last = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        names = [name for name in kernel.arg_names if name in constants]
+        if names != list(kernel.arg_names[len(kernel.arg_names) - len(names) :]):
+            raise TypeError(f"a kernel's last parameters should be its constants: {', '.join(kernel.arg_names)} with {', '.join(names)}")
+        self.last = tuple(constants[name] for name in names)
         self.compiled: dict[tuple, Any] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: object) -> None:

@@ -5,10 +5,11 @@ from itertools import product
 import pytest
 import torch
 import triton.language as tl
-from samples import jit
+from samples import jit, spec
 
 from qplugins.kernels.common import launch
 from qplugins.kernels.common.launch import Launcher, Place, compiled_for
+from qplugins.kernels.linear import fp8_wide, wide
 
 
 @jit
@@ -76,6 +77,11 @@ def test_triton_is_asked_once_for_each_version(monkeypatch):
     assert len(kernel.by_triton) == 7 and len(kernel.directly) == 1
 
 
+def test_constants_are_the_last_parameters():
+    with pytest.raises(TypeError, match="last parameters should be its constants: x, n, BLOCK, EVEN with BLOCK"):
+        Launcher(Kernel(), BLOCK=64)
+
+
 def test_a_descriptor_counts_by_its_type():
     base = lambda dtype: type("", (), {"base": Place.of(torch.zeros(4, dtype=dtype))})()  # noqa: E731
     assert compiled_for((base(torch.int16), 0.5, 3)) == compiled_for((base(torch.int16), 1.0, 5))
@@ -92,3 +98,12 @@ def test_as_many_versions_as_triton_has(device):
         t = x.to(dtype)[skip:]
         run((1,), t, torch.empty_like(t), n, 3, 0.5)
     assert len(run.compiled) == len(scale_kernel.device_caches[torch.cuda.current_device()][0]) - before == 12
+
+
+def test_kernels_that_only_a_gpu_launches_have_their_constants_last():
+    """The others' Launchers are made wherever their tests run."""
+    for bias in (False, True):
+        for tile, _ in wide.TILES:
+            wide._launcher(spec("int4*bf16/128+zero", 256, 256), torch.bfloat16, tile, bias)
+        for tile, _ in fp8_wide.TILES:
+            fp8_wide._launcher(tile, bias)
