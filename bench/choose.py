@@ -1,4 +1,4 @@
-"""What choosing a layer map is worth: chosen maps beside the presets at the same bits, and predicted KL beside measured.
+"""What a text is worth to quantizing: presets with and without it, chosen maps beside them at the same bits, and predicted KL beside measured.
 
     python bench/choose.py [--model FOLDER] [--windows N] [--matrices N] [--out FILE]
 
@@ -9,7 +9,8 @@ layer but the output head.
     to choose by   paragraphs of NumPy's documentation, and the source of `tarfile`
     to judge by    those of bench/kv_ablation.py: Python's language reference, and the source of `argparse`
 
-Also: the KL of single matrices in nvfp4 and int8, predicted and measured on the text to choose by.
+The text to choose by is also the one that tells which columns matter; each preset is judged without that too. Also: the KL of single matrices in
+nvfp4 and int8, predicted and measured on the text to choose by.
 """
 
 import argparse
@@ -33,6 +34,7 @@ sys.path.append(str(ROOT))
 from bench.common import commit  # noqa: E402
 from bench.kv_ablation import default_texts  # noqa: E402
 from qplugins.checkpoints.choose import FORMATS, Candidates, choose  # noqa: E402
+from qplugins.checkpoints.importance import importance  # noqa: E402
 from qplugins.checkpoints.quality import dequantized_model, divergence, next_token_logprobs, quantized_model  # noqa: E402
 from qplugins.checkpoints.reader import Checkpoint  # noqa: E402
 from qplugins.checkpoints.sensitivity import sensitivities  # noqa: E402
@@ -68,7 +70,7 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return statistics.correlation(*([sorted(x).index(value) for value in x] for x in (a, b)))
 
 
-def single_matrices(model, costs: dict, cut: list[list[int]], count: int) -> dict:
+def single_matrices(model, costs: dict, important: dict, cut: list[list[int]], count: int) -> dict:
     """Predicted and measured KL of `count` matrices, each alone in nvfp4 and in int8."""
     reference = [next_token_logprobs(model, w) for w in cut]
     found = {}
@@ -77,7 +79,7 @@ def single_matrices(model, costs: dict, cut: list[list[int]], count: int) -> dic
         for name in random.Random(0).sample([n for n, _ in model.named_modules() if n in costs], count):
             parameter = model.get_submodule(name).weight
             plain = parameter.data
-            parameter.data = get_format(fmt).quantize(plain.to(torch.bfloat16), None).dequantize()
+            parameter.data = get_format(fmt).quantize(plain.to(torch.bfloat16), None, important[name]).dequantize()
             rows.append({"name": name, "predicted": costs[name][fmt], "measured": divergence(reference, model, cut).kl})
             parameter.data = plain
         ratios = [r["predicted"] / r["measured"] for r in rows]
@@ -111,7 +113,9 @@ def main() -> None:
 
     model, started = dequantized_model(args.model), time.monotonic()
     every = Candidates.of(source, (*FORMATS, "mxfp4", "fp8"))  # those of presets too, to predict them
-    found = sensitivities(source, model, every.options, torch.tensor([w for cut in to_choose for w in cut]))
+    by = [w for cut in to_choose for w in cut]
+    important = importance(model, every.options, by)
+    found = sensitivities(source, model, every.options, torch.tensor(by), importance=important)
     costs = found.costs
     print(f"sensitivities: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     reference = {name: [next_token_logprobs(model, w) for w in cut] for name, cut in to_judge.items()}
@@ -125,27 +129,30 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": commit(),
         "rows": [],
-        "single": single_matrices(model, costs, [cut[0] for cut in to_choose], args.matrices) if args.matrices else {},
+        "single": single_matrices(model, costs, important, [cut[0] for cut in to_choose], args.matrices) if args.matrices else {},
     }
     del model
 
     candidates = Candidates.of(source, FORMATS)
     modules = [m for m, _ in choose(candidates, costs, bits=16).assignment]
     presets = {name: LayerMap.preset(name, source.num_layers).assign(modules, ["lm_head"]) for name in (*PRESETS, *OTHERS)}
-    maps: list[tuple[str, Assignment]] = []
+    maps: list[tuple[str, bool, Assignment]] = []
     for name in PRESETS:
-        maps += [(name, presets[name]), ("chosen", choose(candidates, costs, bits=bits_of(candidates, presets[name])).assignment)]
-    maps += [("chosen", choose(candidates, costs, bits=bits).assignment) for bits in BITS]
-    maps += [(name, presets[name]) for name in OTHERS]
-    for name, assignment in maps:
-        model = quantized_model(args.model, as_map(assignment), round_inputs=True)
+        chosen = choose(candidates, costs, bits=bits_of(candidates, presets[name])).assignment
+        maps += [(name, False, presets[name]), (name, True, presets[name]), ("chosen", True, chosen)]
+    maps += [("chosen", True, choose(candidates, costs, bits=bits).assignment) for bits in BITS]
+    # scales of fp8 follow from the largest magnitudes, whatever is important
+    maps += [(name, by_text, presets[name]) for name in OTHERS for by_text in (False, True)[: 1 + (name != "fp8")]]
+    for name, by_text, assignment in maps:
+        model = quantized_model(args.model, as_map(assignment), round_inputs=True, importance=important if by_text else None)
         formats = {m.name: f.name for m, f in assignment if m.name in candidates.options}
         row = {
             "map": name,
+            "by_text": by_text,
             "bits": bits_of(candidates, assignment),
             "formats": dict(assignment.counts()),
-            "sum_of_kl": sum(costs[n][f] for n, f in formats.items()),
-            "predicted_kl": found.together(formats),
+            "sum_of_kl": sum(costs[n][f] for n, f in formats.items()) if by_text or name == "fp8" else None,
+            "predicted_kl": found.together(formats) if by_text or name == "fp8" else None,
         }
         for text, cut in to_judge.items():
             d = divergence(reference[text], model, cut)
@@ -153,7 +160,8 @@ def main() -> None:
             result.setdefault("unquantized", {})[text] = d.reference_perplexity
         result["rows"].append(row)
         told = "".join(f"  {text} KL {row[text]['kl']:.4f}, perplexity {row[text]['perplexity']:.2f}" for text in to_judge)
-        print(f"{name:10}{row['bits']:7.3f} bits  predicted {row['predicted_kl']:.4f}{told}", flush=True)
+        predicted = "" if row["predicted_kl"] is None else f"  predicted {row['predicted_kl']:.4f}"
+        print(f"{name:10}{' by text' * by_text:8}{row['bits']:7.3f} bits{predicted}{told}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -39,7 +39,7 @@ def staged(out: str | Path) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}") if out.name else out
-    _refuse_existing(out)
+    refuse_existing(out)
     if partial.exists():
         raise FileExistsError(f"{partial} is left over from a run that was killed: remove it")
     try:
@@ -49,14 +49,15 @@ def staged(out: str | Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(partial.stat().st_mode & 0o666)
-        _refuse_existing(out)  # rename would replace a folder that is empty
+        refuse_existing(out)  # rename would replace a folder that is empty
         os.rename(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raises FileExistsError where there is something of that name."""
     if os.path.lexists(out):
         raise FileExistsError(f"{out} already exists: choose another folder or remove it")
 

@@ -50,9 +50,18 @@ def dequantized_model(
 
 
 def quantized_model(
-    folder: str | Path, layer_map: LayerMap, *, dtype: torch.dtype = torch.float32, device: str = "cpu", round_inputs: bool = False
+    folder: str | Path,
+    layer_map: LayerMap,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    round_inputs: bool = False,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
-    """The model of a plain checkpoint, its weights sent through the formats of a layer map and back. Otherwise as `dequantized_model`."""
+    """The model of a plain checkpoint, its weights sent through the formats of a layer map and back. Otherwise as `dequantized_model`.
+
+    importance  as `quantize.quantize` takes it
+    """
     checkpoint = Checkpoint.open(folder)
     weights = {name: checkpoint.load(name) for name in checkpoint.tensors}
     formats = {m.name: f for m, f in layer_map.assign(checkpoint.modules(), ["lm_head"] * checkpoint.tied) if f.quantized}
@@ -60,7 +69,8 @@ def quantized_model(
     for name, fmt in formats.items():
         # parts of one fused layer share the scale of a whole matrix, where their format has one
         amax = torch.stack([largest[s] for s in fused_siblings(name) if formats.get(s) is fmt]).amax()
-        weights[f"{name}.weight"] = fmt.quantize(weights[f"{name}.weight"], amax).dequantize().to(dtype)
+        found = fmt.quantize(weights[f"{name}.weight"], amax, (importance or {}).get(name))
+        weights[f"{name}.weight"] = found.dequantize().to(dtype)
     inputs = {name: None for name, fmt in formats.items() if fmt.activation and round_inputs}
     return _model(checkpoint, weights, inputs, dtype, device)
 

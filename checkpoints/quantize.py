@@ -1,13 +1,14 @@
 """From a 16- or 32-bit checkpoint to a quantized one, a tensor at a time.
 
     plan      headers only: which matrix gets which format, what it will weigh, and every reason to refuse
+    importance.py  what a text says of which columns matter, if there is one
     quantize  one source tensor -> its stored tensors -> the current output file, written when full; the folder appears when all is done
 
 What is in memory at any time: the pages of one source tensor, its codes, one block of rows in float32, and one output file's tensors.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def quantize(
     pack: bool = False,
     device: str = "cpu",
     max_shard_size: int = MAX_SHARD_SIZE,
+    importance: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Writes the checkpoint folder `src` to the new folder `out`, its matrices in the formats that `layer_map` gives them.
@@ -98,6 +100,8 @@ def quantize(
     pack            whether matrices are stored as the GPU kernel reads them, where its layout holds them (`formats/tiles.py`)
     device          where matrices are quantized; they pass through it a block of rows at a time
     max_shard_size  bytes of one output file; a tensor that is larger has a file of its own
+    importance      module name -> float32 [K], how much the square of an error in each column counts, of `importance.importance`; others count all
+                    columns the same
     progress        called after each source tensor with (bytes done, bytes in all, the tensor's name)
 
     `out` appears only once it is complete. Before anything is written, raises what `plan` raises, FileExistsError if `out` exists,
@@ -112,7 +116,7 @@ def quantize(
     check_room(Path(out), planned.nbytes_after + sum(f.stat().st_size for f in others))
 
     formats = {m.name: fmt for m, fmt in assignment if fmt.quantized}
-    amax = _SharedAmax(source, formats)
+    amax, important = _SharedAmax(source, formats), importance or {}
     errors: dict[str, float] = {}
     written: dict[str, int] = {}
     total, done = source.nbytes, 0
@@ -123,7 +127,9 @@ def quantize(
             if name in planned.dropped:
                 pass
             elif module in formats and param == "weight":
-                tensors, errors[module] = _quantize_matrix(source.load(name), name, formats[module], amax(module), device)
+                tensors, errors[module] = _quantize_matrix(
+                    source.load(name), name, formats[module], amax(module), important.get(module), device
+                )
                 written[module] = sum(t.nbytes for t in tensors.values())
                 files.add({f"{module}.{p}": t for p, t in tensors.items()})
             else:
@@ -193,7 +199,9 @@ class _SharedAmax:
         return self.known[group]
 
 
-def _quantize_matrix(w: Tensor, name: str, fmt: Format, amax: Tensor | None, device: str) -> tuple[dict[str, Tensor], float]:
+def _quantize_matrix(
+    w: Tensor, name: str, fmt: Format, amax: Tensor | None, importance: Tensor | None, device: str
+) -> tuple[dict[str, Tensor], float]:
     """The stored tensors of W [N, K], and their relative error. Every format's rows depend on one another through `amax` only."""
     _largest(name, w)
     n, k = w.shape
@@ -203,7 +211,7 @@ def _quantize_matrix(w: Tensor, name: str, fmt: Format, amax: Tensor | None, dev
     rows = max(1, (BLOCK_CPU if device == "cpu" else BLOCK_GPU) // k)
     for start in range(0, n, rows):
         block = w[start : start + rows].to(device)
-        last = fmt.quantize(block, None if amax is None else amax.to(device))
+        last = fmt.quantize(block, None if amax is None else amax.to(device), importance)
         codes[start : start + rows] = last.codes.cpu()
         scales.append(last.scale.cpu())
         if last.zero_point is not None:

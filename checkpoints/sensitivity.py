@@ -74,19 +74,21 @@ def sensitivities(
     candidates: Mapping[str, Sequence[Format]],
     windows: Tensor,
     *,
+    importance: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Sensitivities:
     """Of every candidate in each of its formats.
 
-    source      the unquantized checkpoint, from which matrices are quantized as `qplugins quantize` does
+    source      the unquantized checkpoint, from which matrices are quantized as `qplugins quantize` does with the same importance
     model       its transformers model, a causal language model in which each candidate is the weight of modules that are linear in it
     candidates  module name -> the formats to try, each of which can store the matrix; one that is not quantized costs nothing
     windows     int64 [B, T] tokens on the model's device
+    importance  as `quantize.quantize` takes it
     progress    called after each matrix with (matrices done, matrices in all, its name)
     Raises ValueError where the model has no module of a candidate's name, or it is no Linear or Embedding, or does not run.
     """
-    probe = _Probe(source, candidates, windows, progress)
+    probe = _Probe(source, candidates, windows, importance or {}, progress)
     model.requires_grad_(False)
     generator = torch.Generator(windows.device).manual_seed(seed)
     with _recomputed(model), probe.attached(model), torch.enable_grad():
@@ -160,8 +162,15 @@ class _Probe:
     rows    the windows that are passing through the model
     """
 
-    def __init__(self, source: Checkpoint, candidates: Mapping[str, Sequence[Format]], windows: Tensor, progress: Progress | None) -> None:
-        self.source, self.candidates, self.progress = source, candidates, progress
+    def __init__(
+        self,
+        source: Checkpoint,
+        candidates: Mapping[str, Sequence[Format]],
+        windows: Tensor,
+        importance: Mapping[str, Tensor],
+        progress: Progress | None,
+    ) -> None:
+        self.source, self.candidates, self.importance, self.progress = source, candidates, importance, progress
         nothing = torch.zeros(windows.shape, device=windows.device)
         self.scores = {name: {f.name: nothing.clone() if f.quantized else nothing for f in of} for name, of in candidates.items()}
         self.seen: set[str] = set()
@@ -202,7 +211,10 @@ class _Probe:
             w = self.source.load(f"{name}.weight").to(weight.device)
             # A matrix's own largest magnitude. Fused siblings may have to share a larger one, which moves the range of e4m3 scales, not
             # their precision
-            made = {f.name: f.quantize(w, None).dequantize().sub_(w).to(weight.dtype) for f in self.candidates[name] if f.quantized}
+            important = self.importance.get(name)
+            made = {
+                f.name: f.quantize(w, None, important).dequantize().sub_(w).to(weight.dtype) for f in self.candidates[name] if f.quantized
+            }
             self.held = name, made
             self.seen.add(name)
             if self.progress is not None:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from qplugins.checkpoints.budget import TOLERANCE, spend
 from qplugins.checkpoints.choose import FORMATS, Candidates, choose
+from qplugins.checkpoints.importance import LEAST, importance
 from qplugins.checkpoints.quality import dequantized_model, divergence, next_token_logprobs, quantized_model
 from qplugins.checkpoints.quantize import plan
 from qplugins.checkpoints.reader import Checkpoint
@@ -65,6 +66,40 @@ def tied(tmp_path_factory) -> Path:
 
 def text(count: int, length: int) -> torch.Tensor:
     return torch.randint(len(VOCAB), (count, length), generator=torch.Generator().manual_seed(1))
+
+
+# --- what is important
+
+
+def test_importance_is_the_mean_square_of_a_layers_inputs(llama):
+    model, tokens = dequantized_model(llama), text(3, 40)
+    down, head = "model.layers.1.mlp.down_proj", "lm_head"
+    found = importance(model, [down, head, "model.embed_tokens", "nothing"], tokens.tolist())
+    assert found.keys() == {down, head}  # what a linear layer multiplies
+    with torch.no_grad():
+        seen = []
+        handle = model.get_submodule(down).register_forward_hook(lambda m, x, y: seen.append(x[0]))
+        want = {head: model.base_model(input_ids=tokens).last_hidden_state, down: seen[0]}
+        handle.remove()
+    for name, x in want.items():
+        torch.testing.assert_close(found[name], x.square().sum((0, 1)), rtol=1e-4, atol=0)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_column_that_the_text_never_uses_counts_a_little(llama):
+    model = dequantized_model(llama)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[7] = 0
+    found = importance(model, ["model.layers.0.mlp.down_proj"], text(1, 40).tolist())["model.layers.0.mlp.down_proj"]
+    assert found[7] > 0 and found[7] == pytest.approx(LEAST * float(found.mean()), rel=1e-3)
+
+
+def test_a_model_that_overflows_is_named(llama):
+    model = dequantized_model(llama)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.down_proj: its inputs are not finite"):
+        importance(model, ["model.layers.0.mlp.down_proj"], text(1, 40).tolist())
 
 
 # --- predicted costs
@@ -365,7 +400,9 @@ def test_choose_quantize_evaluate(llama, tmp_path, words):
     said = json.loads(run(*command, "--measure", "--json").stdout)
     assert 5.2 < said["bits"] <= 5.5 and len(said["layers"]) == 21 and 0.3 < said["predicted_kl"] / said["measured_kl"] < 3
     assert "Chosen for llama by `qplugins choose`, from 512 tokens" in out.read_text()
-    run("quantize", llama, tmp_path / "made", "--map", out, "--json")
+    by_text = ["--text", words, "--context-length", "128", "--windows", "4"]
+    quantized = json.loads(run("quantize", llama, tmp_path / "made", "--map", out, *by_text, "--json").stdout)
+    assert quantized["weighed_by_text"] == sum(x["format"] != "bf16" for x in said["layers"])
     # a checkpoint also has every int4 matrix's shape, 16 bytes that nothing reads
     assert 0 <= Checkpoint.open(tmp_path / "made").nbytes - said["bytes"] <= 21 * 16
     evaluate = ["eval", "weights", llama, tmp_path / "made", "--text", words, "--context-length", "128", "--windows", "4"]
@@ -374,6 +411,8 @@ def test_choose_quantize_evaluate(llama, tmp_path, words):
     assert made["kl"] == pytest.approx(said["measured_kl"], rel=1e-3)
     out.unlink()
     assert "if it were everywhere" in run(*command).stdout and "top-1" in run(*evaluate).stdout
+    assert "in 21 of 21 quantized matrices" in run("quantize", llama, tmp_path / "more", "--map", "nvfp4", *by_text).stdout
+    assert "already exists" in run("quantize", llama, tmp_path / "more", "--map", "nvfp4", *by_text, code=2).stderr
 
 
 @pytest.mark.parametrize(

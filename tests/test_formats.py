@@ -239,6 +239,28 @@ def test_search_is_never_worse_than_the_largest_magnitude(name):
         assert got.sum() < 0.97 * want.sum()  # and it is worth having: 4 to 15 % here
 
 
+@pytest.mark.parametrize("name", [f for f in MADE if not f.startswith("fp8") and f != "int8_plain"])
+def test_errors_in_important_columns_are_the_smaller(name):
+    """No group's weighed error is larger than the largest magnitude makes it; how much all columns count, where they count alike, changes nothing."""
+    w, fmt = weights(64, 512), FORMATS[name]
+    size = fmt.group_size or 512
+    importance = torch.rand(512) ** 8 * 100
+    weighed, searched, largest = (
+        ((v - w.float()).square() * importance).view(64, -1, size).sum(-1)
+        for v in (fmt.quantize(w, None, importance).dequantize(), fmt.quantize(w, None).dequantize(), plain(name, w))
+    )
+    assert (weighed <= largest * (1 + 1e-5) + 1e-20).all()
+    if name.startswith(("int4", "nvfp4")):
+        assert weighed.sum() < 0.95 * searched.sum()
+    assert torch.equal(*(fmt.quantize(w, None, torch.full((512,), value)).codes for value in (1.0, 64.0)))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_tensor_a16"])
+def test_scales_that_follow_from_the_largest_magnitude_stay(name):
+    w = weights(64, 512)
+    assert torch.equal(FORMATS[name].quantize(w, None, torch.rand(512)).dequantize(), FORMATS[name].quantize(w, None).dequantize())
+
+
 # --- the compressed-tensors library
 
 

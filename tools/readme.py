@@ -246,12 +246,13 @@ def choice() -> str:
     texts = list(data["unquantized"])
     lines = [("unquantized", "16.00", "", *(cell for t in texts for cell in ("", f"{data['unquantized'][t]:.2f}")))]
     for row in sorted(data["rows"], key=lambda r: -round(r["bits"], 2)):
-        name = row["map"] if row["map"] == "chosen" else f"`{row['map']}`"
+        name = f"{row['map']}, `--text`" if row["map"] == "chosen" else f"`{row['map']}`" + ", `--text`" * row["by_text"]
         cells = [cell for t in texts for cell in (f"{row[t]['kl']:.4f}", f"{row[t]['perplexity']:.2f}")]
-        lines.append((name, f"{row['bits']:.2f}", f"{row['predicted_kl']:.4f}", *cells))
+        predicted = "" if row["predicted_kl"] is None else f"{row['predicted_kl']:.4f}"
+        lines.append((name, f"{row['bits']:.2f}", predicted, *cells))
     head = (
-        f"{data['model']}, its linear layers (embedding and head are one, and stay), `{data['command']}`: chosen by {data['choose_tokens']:,} tokens "
-        f"of other prose and code, judged by {data['windows']} windows of {data['window']:,} tokens a text. fp8 layers round their inputs too."
+        f"{data['model']}, its linear layers (embedding and head are one, and stay), `{data['command']}`: chosen, and with `--text` quantized, "
+        f"by {data['choose_tokens']:,} tokens of other prose and code, judged by {data['windows']} windows of {data['window']:,} tokens a text. fp8 layers round their inputs too."
     )
     table = markdown(("map", "bits a weight", "predicted KL", *(f"{t}: {c}" for t in texts for c in ("KL", "perplexity"))), lines)
     told = "; ".join(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qplugins.cli.eval import read_windows, run_on
-from qplugins.cli.quantize import parse_size
+from qplugins.cli.quantize import model_dtype, parse_size
 from qplugins.cli.shared import Json, megabytes, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def choose(
 ) -> None:
     """Choose each layer's format for a budget: the map of least predicted KL from the original, measured on a text.
 
-    Some thousand tokens of text are enough. Judge the outcome with another text: `qplugins eval weights`.
+    Some thousand tokens of text are enough. What is predicted is what `qplugins quantize` with the same --text makes. Judge it with another text:
+    `qplugins eval weights`.
     Memory: the model, a hidden state a layer and token, one layer's activations for all tokens.
     """
     budget = {"bits": bits, "nbytes": None if size is None else parse_size(size, "--bytes")}
@@ -55,7 +56,7 @@ def choose(
     from qplugins.checkpoints.reader import Checkpoint
     from qplugins.layer_map import LayerMap, to_yaml
 
-    how = run_on(device, dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16")
+    how = run_on(device, model_dtype(dtype, device))
     source = Checkpoint.open(src)
     candidates = c.Candidates.of(source, [f.strip() for f in formats.split(",")] if formats else c.FORMATS, ignore or (), embeddings)
     # of nothing known yet but sizes: refuses what cannot be done before the work starts
@@ -63,12 +64,15 @@ def choose(
     cut = [w for file in text for w in read_windows(src, file, context_length, windows)]
 
     from qplugins.checkpoints import quality
+    from qplugins.checkpoints.importance import importance
     from qplugins.checkpoints.sensitivity import sensitivities
 
     model = quality.dequantized_model(src, **how)
     reference = [quality.next_token_logprobs(model, w).cpu() for w in cut] if measure else []
+    important = importance(model, candidates.options, cut)
     with progress_bar("measuring", shown=not json, unit="matrices") as progress:
-        found = sensitivities(source, model, candidates.options, torch.tensor(cut, device=device), progress=progress)
+        tokens = torch.tensor(cut, device=device)
+        found = sensitivities(source, model, candidates.options, tokens, importance=important, progress=progress)
     del model
     costs = found.costs
     choice = c.choose(candidates, costs, **budget)
@@ -76,7 +80,7 @@ def choose(
     out.write_text(to_yaml(choice.assignment, comment(src, choice, candidates, predicted, len(cut) * context_length)), encoding="utf-8")
     measured = None
     if measure:
-        made = quality.quantized_model(src, LayerMap.from_yaml(out), round_inputs=True, **how)
+        made = quality.quantized_model(src, LayerMap.from_yaml(out), round_inputs=True, importance=important, **how)
         measured = quality.divergence(reference, made, cut).kl
     if json:
         layers = [
@@ -94,7 +98,7 @@ def choose(
 
 def comment(src: Path, choice: "Choice", candidates: "Candidates", predicted: float, tokens: int) -> str:
     return (
-        f"Chosen for {src.name} by `qplugins choose`, from {tokens:,} tokens of text.\n"
+        f"Chosen for {src.name} by `qplugins choose`, from {tokens:,} tokens of text; to be quantized with the same --text.\n"
         f"{choice.bits:.3f} bits a weight in {len(candidates.options)} matrices, {choice.nbytes:,} bytes in all, predicted KL {predicted:.4f} nats a token."
     )
 

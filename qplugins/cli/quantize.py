@@ -11,6 +11,8 @@ import typer
 from qplugins.cli.shared import Json, megabytes, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qplugins.checkpoints.quantize import Report
     from qplugins.layer_map import LayerMap
 
@@ -27,9 +29,19 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, cuda:1.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="Largest output file, as 1GiB or 500MB.")] = "1GiB",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text like those that the model will see, in UTF-8, to tell which columns matter. May be given several times."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of each text.", min=1)] = 16,
+    context_length: Annotated[int, typer.Option(help="Tokens of a window.", min=64)] = 512,
+    dtype: Annotated[str, typer.Option(help="That the model runs in over the text; auto: float32 on a CPU, bfloat16 elsewhere.")] = "auto",
     json: Json = False,
 ) -> None:
-    """Quantize a checkpoint: each layer in the format that the map gives it."""
+    """Quantize a checkpoint: each layer in the format that the map gives it.
+
+    With --text the model runs over it once, and an error in a weight counts by how large its inputs are there. Some thousand tokens are enough.
+    """
     shard_bytes = parse_size(max_shard_size)
     from qplugins.checkpoints import quantize as q
     from qplugins.checkpoints.reader import Checkpoint
@@ -43,12 +55,44 @@ def quantize(
         if json:
             print_json({"dry_run": True, **report_json(planned)})
         return
+    important = None
+    if text:
+        from qplugins.checkpoints.files import refuse_existing
+
+        refuse_existing(out)  # before the model runs
+        quantized = [x.name for x in planned.layers if x.format != "bf16"]
+        important = importance_by(src, text, windows, context_length, device, dtype, quantized, shown=not json)
     with progress_bar("quantizing", shown=not json) as progress:
-        report = q.quantize(src, out, layer_map, pack=packed, device=device, max_shard_size=shard_bytes, progress=progress)
+        report = q.quantize(
+            src, out, layer_map, pack=packed, device=device, max_shard_size=shard_bytes, importance=important, progress=progress
+        )
+    weighed = None if important is None else len(important)
     if json:
-        print_json({"dry_run": False, "out": str(out), **report_json(report)})
+        print_json({"dry_run": False, "out": str(out), "weighed_by_text": weighed, **report_json(report)})
     else:
         print_result(report, out)
+        if weighed is not None:
+            print(f"the text told which columns matter in {weighed} of {len(quantized)} quantized matrices")
+
+
+def importance_by(
+    src: Path, text: list[Path], windows: int, context_length: int, device: str, dtype: str, names: list[str], shown: bool
+) -> "dict[str, Tensor]":
+    """`importance.importance` of a checkpoint's matrices, over the first windows of text files."""
+    from qplugins.cli.eval import read_windows, run_on
+
+    how = run_on(device, model_dtype(dtype, device))
+    cut = [w for file in text for w in read_windows(src, file, context_length, windows)]
+    from qplugins.checkpoints.importance import importance
+    from qplugins.checkpoints.quality import dequantized_model
+
+    with progress_bar("running the model", shown, unit="windows") as progress:
+        return importance(dequantized_model(src, **how), names, cut, progress=progress)
+
+
+def model_dtype(dtype: str, device: str) -> str:
+    """What --dtype auto means there."""
+    return dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
 
 
 def parse_size(text: str, option: str = "--max-shard-size") -> int:

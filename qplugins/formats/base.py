@@ -107,8 +107,9 @@ class Format:
     code        key of `kernels.decode.CODES`; None for a matrix that is not quantized
     group_size  columns that share a scale; None where a row, or the matrix, has one
     activation  what the layer's input becomes: None (left as it is), "token" (e4m3, a scale a token) or "tensor" (e4m3, one stored scale)
-    quantize    (W float [N, K], amax) -> QuantizedTensor. `amax` is the largest magnitude that a scale of the whole matrix must cover,
-                None for W's own; siblings of a fused layer share it. None for a format that is only read.
+    quantize    (W float [N, K], amax, importance=None) -> QuantizedTensor. `amax` is the largest magnitude that a scale of the whole matrix must
+                cover, None for W's own; siblings of a fused layer share it. `importance` is float32 [K], how much the square of an error in
+                each column counts, None for all the same. None for a format that is only read.
     store, read  between a QuantizedTensor and the stored tensors; `read` takes them and (N, K)
     weight      of a layout that is the kernel's own: what `read` takes -> the same tensors as the kernel takes them
     problem     what is wrong with stored values that no shape shows, as a sentence that starts with the tensor's name, or None; takes what
@@ -123,7 +124,7 @@ class Format:
     code: str | None = None
     group_size: int | None = None
     activation: str | None = None
-    quantize: Callable[[Tensor, Tensor | None], QuantizedTensor] | None = field(repr=False, default=None)
+    quantize: Callable[..., QuantizedTensor] | None = field(repr=False, default=None)
     store: Callable[[QuantizedTensor], dict[str, Tensor]] | None = field(repr=False, default=None)
     read: Callable[[Mapping[str, Tensor], int, int], QuantizedTensor] | None = field(repr=False, default=None)
     weight: Callable[[Mapping[str, Tensor], int, int], Weight] | None = field(repr=False, default=None)

@@ -24,6 +24,7 @@ from qplugins.kernels.quantized import QuantizedTensor
 # A block's largest magnitude lands on 6, near it, or on 4: between 4 and 6 e2m1 has nothing, so that a block which ends at 4 is finer
 # near its end ("Four Over Six", arXiv 2512.02010).
 NVFP4_TARGETS = (6.0, 4.0, 5.6, 6.5, 7.0, 7.6)
+MORE_TARGETS = (*NVFP4_TARGETS, 3.6, 4.3, 5.0, 5.3, 8.2)  # where it is known which columns matter: a scale that suits these
 TINY = 1e-20
 
 
@@ -45,28 +46,28 @@ def _decode(codes: Tensor, scale: Tensor) -> Tensor:
     return E2M1.values.to(codes.device)[codes.to(torch.int32)] * scale
 
 
-def _quantize_nvfp4(w: Tensor, amax: Tensor | None) -> QuantizedTensor:
+def _quantize_nvfp4(w: Tensor, amax: Tensor | None, importance: Tensor | None) -> QuantizedTensor:
     largest = (w.abs().amax() if amax is None else amax).to(torch.float32).clamp_min(TINY)
     factor = quotient(largest, MAX * E4M3_MAX)
 
     def candidates(x: Tensor) -> Iterable[tuple[Tensor]]:
         top = x.abs().amax(-1) / factor
-        for target in NVFP4_TARGETS:
+        for target in NVFP4_TARGETS if importance is None else MORE_TARGETS:
             # 2 ** -9 is e4m3's smallest: a block that needs less becomes zeros
             block = quotient(top, target).clamp(2**-9, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
             yield (block * factor,)
 
-    codes, scale = least_squares(w, 16, candidates, _encode, _decode)
+    codes, scale = least_squares(w, 16, candidates, _encode, _decode, importance)
     return QuantizedTensor("e2m1", codes, (scale / factor).to(torch.float8_e4m3fn), global_scale=factor)
 
 
-def _quantize_mxfp4(w: Tensor, amax: Tensor | None) -> QuantizedTensor:
+def _quantize_mxfp4(w: Tensor, amax: Tensor | None, importance: Tensor | None) -> QuantizedTensor:
     def candidates(x: Tensor) -> Iterable[tuple[Tensor]]:
         exponent = torch.log2(x.abs().amax(-1).clamp_min(2.0**-120)).floor()
         for shift in (-2, -1):  # the specification's choice, and twice its scale, under which nothing is clipped
             yield (torch.exp2(exponent + shift),)
 
-    codes, scale = least_squares(w, 32, candidates, _encode, _decode)
+    codes, scale = least_squares(w, 32, candidates, _encode, _decode, importance)
     return QuantizedTensor("e2m1", codes, (torch.log2(scale).round() + 127).to(torch.uint8))
 
 
@@ -100,7 +101,7 @@ def _float4(name: str, group_size: int, strategy: str, quantize, scale_dtype: to
         scheme={"format": f"{name}-pack-quantized", "weights": weights, "input_activations": None},
         code="e2m1",
         group_size=group_size,
-        quantize=lambda w, amax=None: quantize(w, amax),
+        quantize=lambda w, amax=None, importance=None: quantize(w, amax, importance),
         store=_store,
         read=_read,
     )

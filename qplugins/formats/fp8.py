@@ -60,7 +60,8 @@ def _fp8(name: str, *, per_row: bool, activation: str | None) -> Format:
         code="e4m3",
         activation=activation,
         # a fixed input scale comes from calibration data, which this project's quantizer does not use: such layers are read, not made
-        quantize=None if activation == "tensor" else lambda w, amax=None: _quantize(w, per_row, amax),
+        # its scales follow from the largest magnitudes, whatever is important
+        quantize=None if activation == "tensor" else lambda w, amax=None, importance=None: _quantize(w, per_row, amax),
         store=lambda q: _store(q, per_row),
         read=_read,
     )

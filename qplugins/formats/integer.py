@@ -22,9 +22,10 @@ from qplugins.kernels.quantized import QuantizedTensor
 
 TINY = 2.0**-24  # of a group of zeros: float16's smallest, so that no scale is rounded to zero
 # Shares of a group's range that are tried. What stands out of a large group is an outlier, which a model has for a reason: clipped by as much as
-# its squared error allows, down projections lose more than they gain. What stands out of a small group is just its largest value.
+# its squared error allows, down projections lose more than they gain. What stands out of a small group is just its largest value; and where it is
+# known which columns matter, an outlier in one that does is not clipped.
 CLIPS = (1.0, 0.95, 0.9)
-CLIPS_SMALL_GROUP = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74, 0.68)
+MORE_CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74, 0.68)
 
 
 def group_order(group_of: Tensor) -> Tensor:
@@ -53,10 +54,10 @@ def group_index_problem(name: str, group_of: Tensor, k: int, group_size: int | N
     return None
 
 
-def _quantize(w: Tensor, bits: int, group_size: int | None, symmetric: bool) -> QuantizedTensor:
+def _quantize(w: Tensor, bits: int, group_size: int | None, symmetric: bool, importance: Tensor | None) -> QuantizedTensor:
     half = 1 << (bits - 1)
     dtype = w.dtype if w.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    clips = CLIPS_SMALL_GROUP if bits == 4 and (group_size or w.shape[1]) <= 32 else CLIPS
+    clips = MORE_CLIPS if bits == 4 and (importance is not None or (group_size or w.shape[1]) <= 32) else CLIPS
 
     def candidates(x: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         lo, hi = x.aminmax(dim=-1)
@@ -75,7 +76,7 @@ def _quantize(w: Tensor, bits: int, group_size: int | None, symmetric: bool) -> 
     def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return (codes.to(torch.float32) - (zero + half)) * scale
 
-    codes, scale, zero = least_squares(w, group_size or w.shape[1], candidates, encode, decode)
+    codes, scale, zero = least_squares(w, group_size or w.shape[1], candidates, encode, decode, importance)
     return QuantizedTensor(f"int{bits}", codes, scale.to(dtype), None if symmetric else zero.to(torch.int8))
 
 
@@ -138,7 +139,7 @@ def integer(bits: int, group_size: int | None, *, symmetric: bool = True, permut
         code=f"int{bits}",
         group_size=group_size,
         # the order of columns comes from calibration data, which this project's quantizer does not use
-        quantize=None if permuted else lambda w, amax=None: _quantize(w, bits, group_size, symmetric),
+        quantize=None if permuted else lambda w, amax=None, importance=None: _quantize(w, bits, group_size, symmetric, importance),
         store=lambda q: _store(q, bits),
         read=lambda tensors, n, k: _read(tensors, n, k, bits),
         problem=lambda tensors, n, k: (
@@ -173,7 +174,7 @@ INT8_PLAIN = Format(
         "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True},
     },
     code="int8",
-    quantize=lambda w, amax=None: _quantize(w, 8, None, True),
+    quantize=lambda w, amax=None, importance=None: _quantize(w, 8, None, True, importance),
     store=_store_plain,
     read=_read_plain,
 )

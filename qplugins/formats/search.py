@@ -1,7 +1,11 @@
-"""Data-free choice of scales: of a few candidates a group, the one with the least squared error.
+"""Choice of scales: of a few candidates a group, the one with the least squared error.
 
 Clipping a group's largest value a little often helps all the others; how much is a matter of trying. Each candidate is tried as it will be
 stored, rounded to the scale's own dtype. Rows are walked in blocks, so that the working memory does not grow with the matrix.
+
+Where it is known how large a layer's inputs are, a column's error counts by that: an output is off by the sum of all columns' errors times their inputs,
+and if those were independent its mean square would be the sum of the squares weighed by the inputs' mean squares. That is the diagonal of the
+matrix that GPTQ (arXiv 2210.17323) corrects its rounding by, and what llama.cpp calls an importance matrix.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,6 +32,7 @@ def least_squares(
     candidates: Callable[[Tensor], Iterable[tuple[Tensor, ...]]],
     encode: Callable[..., Tensor],
     decode: Callable[..., Tensor],
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Codes and parameters of the best candidate in each group of `w`.
 
@@ -35,9 +40,11 @@ def least_squares(
     candidates  groups float32 [R, G, group_size] -> tuples of parameters, each [R, G]
     encode      (groups, *parameters [R, G, 1]) -> codes uint8 [R, G, group_size]
     decode      (codes, *parameters [R, G, 1]) -> float32 of the same shape
+    importance  float32 [K], what the square of an error in each column counts; None: all the same
     returns     (codes uint8 [N, K], *parameters [N, G])
     """
     n, k = w.shape
+    weight = None if importance is None else importance.to(w.device, torch.float32).view(1, k // group_size, group_size)
     rows = max(1, (BLOCK_CPU if w.device.type == "cpu" else BLOCK_GPU) // k)
     blocks = []
     for start in range(0, n, rows):
@@ -47,7 +54,8 @@ def least_squares(
         for params in candidates(x):
             wide = [p[..., None] for p in params]
             codes = encode(x, *wide)
-            error = (decode(codes, *wide) - x).square_().sum(-1)
+            square = (decode(codes, *wide) - x).square_()
+            error = (square if weight is None else square.mul_(weight)).sum(-1)
             if least is None:
                 least, best = error, [codes, *params]
                 continue

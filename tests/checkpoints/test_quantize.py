@@ -57,6 +57,22 @@ def test_every_tensor_is_its_format_of_the_source(src, tmp_path, helpers):
     assert seen == out.tensors.keys()
 
 
+def test_importance_goes_to_the_matrix_of_its_name(src, tmp_path, helpers):
+    tensors = helpers.make_tensors()
+    important = {name.removesuffix(".weight"): torch.rand(w.shape[1]) ** 4 for name, w in tensors.items() if "up_proj" in name}
+    assert important
+    quantize(src, tmp_path / "out", mapping(("Linear", "int4_g32"), ignore=("lm_head",)), importance=important)
+    quantize(src, tmp_path / "plain", mapping(("Linear", "int4_g32"), ignore=("lm_head",)))
+    out, plain = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "plain")
+    for layer in out.modules():
+        if layer.format.quantized:
+            w = tensors[f"{layer.name}.weight"]
+            want = layer.format.store(layer.format.quantize(w, None, important.get(layer.name)))
+            for p in ("weight_packed", "weight_scale"):
+                assert out.load(f"{layer.name}.{p}").equal(want[p]), layer.name
+            assert out.load(f"{layer.name}.weight_scale").equal(plain.load(f"{layer.name}.weight_scale")) == (layer.name not in important)
+
+
 def test_row_blocks_do_not_show(src, tmp_path, monkeypatch):
     quantize(src, tmp_path / "whole", NVFP4)
     monkeypatch.setattr(module, "BLOCK_CPU", 7 * 128)  # 7 rows, which divide none of the sizes
