@@ -65,10 +65,11 @@ def main() -> int:
     source = smollm2()
     console.print(f"   {shown(source)}")
 
-    quantize = [str(Path(sys.executable).with_name("qplugins")), "quantize", str(source), str(OUT), "--map", "balanced"]
-    step(2, "Quantize it, each layer in the format that suits it", f"qplugins quantize {shown(source)} {shown(OUT)} --map balanced")
+    options = ["--map", "balanced", "--text", "README.md"]
+    quantize = [str(Path(sys.executable).with_name("qplugins")), "quantize", str(source), str(OUT), *options]
+    step(2, "Quantize it, each layer in the format that suits it", f"qplugins quantize {shown(source)} {shown(OUT)} {' '.join(options)}")
     shutil.rmtree(OUT, ignore_errors=True)  # of an earlier demo
-    if status := subprocess.run(quantize).returncode:
+    if status := subprocess.run(quantize, cwd=ROOT).returncode:
         console.print(f"[red]qplugins quantize ended with status {status}[/]")
         return status
 
