@@ -41,6 +41,7 @@ def quantize(
     """Quantize a checkpoint: each layer in the format that the map gives it.
 
     With --text the model runs over it once, and an error in a weight counts by how large its inputs are there. Some thousand tokens are enough.
+    Memory: the model, while it runs; otherwise a tensor and a file.
     """
     shard_bytes = parse_size(max_shard_size)
     from qplugins.checkpoints import quantize as q

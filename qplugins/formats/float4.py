@@ -64,7 +64,9 @@ def _quantize_nvfp4(w: Tensor, amax: Tensor | None, importance: Tensor | None) -
 def _quantize_mxfp4(w: Tensor, amax: Tensor | None, importance: Tensor | None) -> QuantizedTensor:
     def candidates(x: Tensor) -> Iterable[tuple[Tensor]]:
         exponent = torch.log2(x.abs().amax(-1).clamp_min(2.0**-120)).floor()
-        for shift in (-2, -1):  # the specification's choice, and twice its scale, under which nothing is clipped
+        # the specification's choice, and twice its scale, under which nothing is clipped; where it is known which columns matter, half of it too, which
+        # clips the largest values and is finer for all others
+        for shift in (-2, -1) if importance is None else (-2, -1, -3):
             yield (torch.exp2(exponent + shift),)
 
     codes, scale = least_squares(w, 32, candidates, _encode, _decode, importance)
