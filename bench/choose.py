@@ -141,18 +141,19 @@ def main() -> None:
         chosen = choose(candidates, costs, bits=bits_of(candidates, presets[name])).assignment
         maps += [(name, False, presets[name]), (name, True, presets[name]), ("chosen", True, chosen)]
     maps += [("chosen", True, choose(candidates, costs, bits=bits).assignment) for bits in BITS]
-    # scales of fp8 follow from the largest magnitudes, whatever is important
-    maps += [(name, by_text, presets[name]) for name in OTHERS for by_text in (False, True)[: 1 + (name != "fp8")]]
+    maps += [(name, by_text, presets[name]) for name in OTHERS for by_text in ((False,) if name == "fp8" else (False, True))]
     for name, by_text, assignment in maps:
         model = quantized_model(args.model, as_map(assignment), round_inputs=True, importance=important if by_text else None)
         formats = {m.name: f.name for m, f in assignment if m.name in candidates.options}
+        # what is predicted is with the text; scales of fp8 follow from the largest magnitudes, whatever is important
+        predicts = by_text or name == "fp8"
         row = {
             "map": name,
             "by_text": by_text,
             "bits": bits_of(candidates, assignment),
             "formats": dict(assignment.counts()),
-            "sum_of_kl": sum(costs[n][f] for n, f in formats.items()) if by_text or name == "fp8" else None,
-            "predicted_kl": found.together(formats) if by_text or name == "fp8" else None,
+            "sum_of_kl": sum(costs[n][f] for n, f in formats.items()) if predicts else None,
+            "predicted_kl": found.together(formats) if predicts else None,
         }
         for text, cut in to_judge.items():
             d = divergence(reference[text], model, cut)

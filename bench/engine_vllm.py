@@ -326,11 +326,9 @@ def rows_of(
     timeout: float,
     together: bool,
     after: Path | None,
-    rounds: int,
-    traces: str,
+    questions: list[str],
 ) -> Iterator[list[dict]]:
-    """All rows so far, whenever there is another. arguments: of `serve`, after KV dtype and weights."""
-    questions = [MEASURE] * rounds + [PROFILE] * bool(traces)
+    """All rows so far, whenever there is another. arguments: of `serve`, after KV dtype and weights; questions: what each is asked, in order."""
     found: dict[tuple[str, str], list[dict]] = {c: [] for c in configurations}
 
     def ask(process: Process, question: str, deadline: float) -> list[dict]:
@@ -386,10 +384,11 @@ def main() -> None:
     if args.pairs:
         configurations = [tuple(pair.split(":")) for pair in args.pairs]
     traces = str(Path(args.profile).resolve()) if args.profile else ""
+    questions = [MEASURE] * args.rounds + [PROFILE] * bool(traces)
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), (weights for _, weights in configurations))
         arguments = (shapes, args.engine_args, args.together, traces, folder)
-        for rows in rows_of(configurations, arguments, args.timeout, args.together, args.after, args.rounds, traces):
+        for rows in rows_of(configurations, arguments, args.timeout, args.together, args.after, questions):
             # after each, so that what was measured is there when a later one takes the machine down
             args.out.parent.mkdir(parents=True, exist_ok=True)
             about = (

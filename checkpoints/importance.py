@@ -1,4 +1,4 @@
-"""How much the square of an error in each column of a matrix counts: the mean square of the layer's input there, over a text.
+"""How much the square of an error in each column of a matrix counts: the sum of the squares of the layer's input there, over a text.
 
 `formats/search.py` says why. Some thousand tokens are enough, since there is one number a column: 4,096 halve what nvfp4 costs SmolLM2-135M
 (`bench/choose.py`).

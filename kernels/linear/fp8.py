@@ -19,6 +19,7 @@ from qplugins.kernels.decode.e4m3 import MAX
 from qplugins.kernels.linear import fp8_few, fp8_wide
 from qplugins.kernels.linear.layout import named
 from qplugins.kernels.linear.spec import Spec
+from qplugins.kernels.linear.tiles import cdiv
 
 TINY = 1e-12  # of a row of zeros
 BLOCK = 32768  # columns of a row that a program holds at once
@@ -26,7 +27,6 @@ VALUES = 32  # of them a thread's, at least
 # zeroed for a product whose programs share K: fp8_few.py has one a block of y, of which there are fewer than multiprocessors then, fp8_wide.py three
 # a multiprocessor at most
 LOCKS = 512
-BLOCK_M = 128  # rows of a block that torch._scaled_mm cuts y into
 
 
 @triton.jit
@@ -99,7 +99,8 @@ def _ours(m: int, spec: Spec, out: Tensor) -> ModuleType | None:
 def padded(m: int) -> int:
     """Rows that torch._scaled_mm should have for m of them. For numbers that are no multiples of 128, cuBLASLt (13.0, Hopper) has kernels which take up to
     half as long again as for the next one that is: 6144 x 4096 with 704 rows 44.5 us, with 768 rows 40.1."""
-    return -(-m // BLOCK_M) * BLOCK_M if m > BLOCK_M and on_hopper() else m
+    block = fp8_wide.SCALED_BLOCK
+    return cdiv(m, block) * block if m > block and on_hopper() else m
 
 
 def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tensor | None = None) -> None:

@@ -224,6 +224,7 @@ SHARED = 128  # rows of a block from which on programs share K: with fewer it co
 LEAST = 33  # rows; fp8_few.py is for fewer
 SURE = 64  # rows up to which this was quicker than torch._scaled_mm for every layer
 MOST = 1024  # and up to here it may be. With more the GPU slows down for want of power, and this kernel the more
+SCALED_BLOCK = 128  # rows and columns of the blocks that torch._scaled_mm cuts y into
 SCALED_STEP = 746  # cycles that torch._scaled_mm takes for 128 columns of K
 SCALED_START = 4730  # and besides
 
@@ -258,8 +259,8 @@ def constants(tile: WideTile) -> dict:
 
 
 def cycles_of_scaled_mm(m: int, n: int, k: int, sms: int, step: float = SCALED_STEP, start: float = SCALED_START) -> float:
-    """What torch._scaled_mm takes, which cuts y into blocks of 128 x 128, and has one a multiprocessor at a time."""
-    rounds = cdiv(cdiv(m, 128) * cdiv(n, 128), sms)
+    """What torch._scaled_mm takes, which has one block of y a multiprocessor at a time."""
+    rounds = cdiv(cdiv(m, SCALED_BLOCK) * cdiv(n, SCALED_BLOCK), sms)
     return max(rounds * cdiv(k, 128) * step, n * k / (MEMORY * sms)) + start
 
 
@@ -292,23 +293,26 @@ def usable(tile: WideTile, m: int) -> bool:
 
 
 @lru_cache(maxsize=8192)
-def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
-    """The tile with which the product is done first."""
+def quickest(m: int, spec: Spec, device: torch.device) -> tuple[float, WideTile]:
+    """(cycles that the model has for it, the tile with which the product is done first)."""
     candidates = [
         (replace(tile, shared=shared), step) for tile, step in TILES for shared in (False, tile.block_m >= SHARED) if usable(tile, m)
     ]
-    return min(candidates, key=lambda entry: cycles(*entry, m, spec.n, spec.k, multiprocessors(device)))[0]
+    timed = ((cycles(*entry, m, spec.n, spec.k, multiprocessors(device)), entry[0]) for entry in candidates)
+    return min(timed, key=lambda found: found[0])
 
 
-@lru_cache(maxsize=8192)
+def choose(m: int, spec: Spec, device: torch.device) -> WideTile:
+    """The tile with which the product is done first."""
+    return quickest(m, spec, device)[1]
+
+
 def suits(m: int, spec: Spec, device: torch.device) -> bool:
     """Whether this is quicker for m rows than torch._scaled_mm: for few it was, and for more by the model, where blocks of 128 x 128 leave many
     multiprocessors idle in the end."""
     if not SURE < m <= MOST:
         return LEAST <= m <= SURE
-    tile, sms = choose(m, spec, device), multiprocessors(device)
-    step = next(step for known, step in TILES if replace(tile, shared=False) == known)
-    return cycles(tile, step, m, spec.n, spec.k, sms) < cycles_of_scaled_mm(m, spec.n, spec.k, sms)
+    return quickest(m, spec, device)[0] < cycles_of_scaled_mm(m, spec.n, spec.k, multiprocessors(device))
 
 
 @cache

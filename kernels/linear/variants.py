@@ -29,11 +29,11 @@ _done: set[tuple] = set()
 
 
 @lru_cache(maxsize=8192)
-def module_for(m: int, spec: Spec, device: torch.device) -> ModuleType:
-    """Which of the modules above multiplies m rows of x, but that wide.py may refuse where they lie."""
+def module_for(m: int, spec: Spec, device: torch.device, by_tma: bool = True) -> ModuleType:
+    """Which of the modules above multiplies m rows of x. by_tma: whether x and y lie as wide.py's TMA wants it."""
     if few.suits(m, spec, device):
         return few
-    if wide.suits(m, spec):
+    if by_tma and wide.suits(m, spec):
         return wide
     return dense if m >= dense.LEAST_ROWS else kernel
 
@@ -42,7 +42,7 @@ def linear(x: Tensor, spec: Spec, tensors: list[Tensor], out: Tensor, bias: Tens
     """out[M, N] = x[M, K] @ W.T + bias, with W in the `tiles` layout; see the modules above. M > 0."""
     module = module_for(x.shape[0], spec, x.device)
     if module is wide and wide.refuses(spec, x, out) is not None:
-        module = dense if x.shape[0] >= dense.LEAST_ROWS else kernel
+        module = module_for(x.shape[0], spec, x.device, by_tma=False)
     module.linear(x, spec, tensors, out, bias)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qplugins.cli.eval import read_windows, run_on
 from qplugins.cli.shared import Json, megabytes, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -80,8 +81,6 @@ def importance_by(
     src: Path, text: list[Path], windows: int, context_length: int, device: str, dtype: str, names: list[str], shown: bool
 ) -> "dict[str, Tensor]":
     """`importance.importance` of a checkpoint's matrices, over the first windows of text files."""
-    from qplugins.cli.eval import read_windows, run_on
-
     how = run_on(device, model_dtype(dtype, device))
     cut = [w for file in text for w in read_windows(src, file, context_length, windows)]
     from qplugins.checkpoints.importance import importance

@@ -23,8 +23,7 @@ def scale_kernel(x, y, n, offset, factor, BLOCK: tl.constexpr, TWICE: tl.constex
 
 
 def test_values_of_every_kind_of_arguments(device):
-    """Sizes that Triton compiles for (1, multiples of 16, others, beyond 32 bits), pointers off 16 bytes, types: twice each, as the second time goes by
-    another way."""
+    """Sizes that Triton compiles for (1, multiples of 16, others), pointers off 16 bytes, types: twice each, as the second time goes by another way."""
     for twice in (False, True):
         run = Launcher(scale_kernel, BLOCK=32, TWICE=twice, num_warps=1)
         for n, skip, dtype, offset in product((1, 7, 16, 48), (0, 1), (torch.float32, torch.float16), (1, 3, 16)):
